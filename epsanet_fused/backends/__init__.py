@@ -1,0 +1,134 @@
+"""The ways to run the operator: the table of them, what can run here, and which one is chosen.
+
+A backend is a module with three functions (``reference`` is the shortest example):
+
+- ``unavailable(device_type)``: why it can't run on such a device here, or None if it can;
+- ``forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)``
+  -> (out, squeeze, attention);
+- ``backward(grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+  branch_grads, fc_grads)`` -> (gradients of the branches, gradients of the four fc tensors),
+  each list empty where it isn't asked for.
+
+Arguments arrive checked, the fc weights as matrices (R, C) and (C, R). A room may be wrong about
+nothing but speed: shapes, strides and dtypes of what it returns are those of ops.py's fake kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("reference", "triton")
+# For a device type, what "auto" takes: the first that can run.
+_PREFERRED = {"cuda": ("triton", "reference")}
+
+ENV = "EPSANET_FUSED_BACKEND"
+# One choice for the whole process, as with torch.backends: torch.compile can guard on a global, but
+# can't trace a ContextVar.
+_chosen = os.environ.get(ENV, "auto")
+
+
+class Backend(NamedTuple):
+    """Whether a backend can run on this machine, and if not, why."""
+
+    available: bool
+    reason: str
+
+
+def backends() -> dict[str, Backend]:
+    """What can run here, and the reason for what cannot.
+
+    Returns:
+        For each backend's name a ``Backend(available, reason)``; the reason is "" if it can run.
+    """
+    found = {}
+    for name in NAMES:
+        reasons = [room(name).unavailable(device) for device in _device_types()]
+        available = None in reasons
+        found[name] = Backend(available, "" if available else str(reasons[-1]))
+    return found
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every ``psa_tail`` inside the ``with`` block, and its backward, by this backend.
+
+    Args:
+        name: "auto" takes the fastest that can run where the tensors are. "reference" takes the
+            operator out of the way altogether: plain PyTorch, which autograd differentiates to any
+            order and torch.func transforms. Any other backend raises an error where it can't run.
+
+    The choice is the process's, not the thread's. The environment variable EPSANET_FUSED_BACKEND
+    sets it from outside.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    global _chosen
+    _check_name(name, "use_backend: name")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def chosen() -> str:
+    """The name that the user asked for: "auto", unless told otherwise."""
+    _check_name(_chosen, f"the environment variable {ENV}")
+    return _chosen
+
+
+def resolve(name: str, device_type: str) -> ModuleType:
+    """The backend that runs on such a device when the user asks for ``name``.
+
+    Raises:
+        RuntimeError: if the one asked for can't run on such a device.
+    """
+    if name == "auto":
+        return _first_available(device_type)
+    if (reason := room(name).unavailable(device_type)) is not None:
+        raise RuntimeError(f"psa_tail: the backend {name!r} can't run here: {reason}")
+    return room(name)
+
+
+@functools.cache
+def _first_available(device_type: str) -> ModuleType:
+    names = _PREFERRED.get(device_type, ("reference",))
+    for name in names:
+        if (reason := room(name).unavailable(device_type)) is None:
+            return room(name)
+        # Slow without a word is what users of such libraries complain of most.
+        warnings.warn(
+            f"epsanet_fused: the backend {name!r} can't run on {device_type} tensors ({reason}); "
+            f"falling back to {names[-1]!r}, which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    raise AssertionError("unreachable: the reference backend runs everywhere")
+
+
+@functools.cache
+def room(name: str) -> ModuleType:
+    """The backend's module, imported when first asked for."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in ("auto", *NAMES):
+        known = ", ".join(repr(n) for n in ("auto", *NAMES))
+        raise ValueError(f"{where} must be one of {known}, got {name!r}")
+
+
+def _device_types() -> list[str]:
+    """The kinds of device on this machine, the accelerator last: its reasons tell the most."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

@@ -1,0 +1,112 @@
+"""The operator's arguments, checked once: errors name the argument, what came, what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+
+
+def check_psa_tail(
+    branches: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> None:
+    """Raise TypeError or ValueError unless psa_tail accepts these arguments."""
+    _check_branches(branches)
+    first = branches[0]
+    C = first.shape[1]
+    # The hidden width R is whatever fc1_weight says; the other three have to agree with it.
+    _check_tensor("fc1_weight", fc1_weight, first)
+    if fc1_weight.dim() not in (2, 4) or fc1_weight.shape[0] < 1:
+        raise ValueError(
+            f"psa_tail: fc1_weight must be (R, C, 1, 1) or (R, C) with R >= 1 and C = {C}, "
+            f"got {tuple(fc1_weight.shape)}"
+        )
+    R = fc1_weight.shape[0]
+    _check_shape("fc1_weight", fc1_weight, (R, C, 1, 1), (R, C))
+    for name, tensor, shapes in (
+        ("fc1_bias", fc1_bias, [(R,)]),
+        ("fc2_weight", fc2_weight, [(C, R, 1, 1), (C, R)]),
+        ("fc2_bias", fc2_bias, [(C,)]),
+    ):
+        _check_tensor(name, tensor, first)
+        _check_shape(name, tensor, *shapes)
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None:
+            _check_tensor(name, vector, first)
+            _check_shape(name, vector, (len(branches) * C,))
+    if not isinstance(relu, bool):
+        raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
+    if scale is not None or shift is not None or relu:
+        tensors = [*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift]
+        _refuse_gradients(tensors)
+
+
+def _check_branches(branches: Sequence[Tensor]) -> None:
+    if not isinstance(branches, (list, tuple)):
+        raise TypeError(
+            f"psa_tail: branches must be a list or tuple of tensors, got {type(branches).__name__}"
+        )
+    if len(branches) < 2:
+        raise ValueError(f"psa_tail: branches must hold at least two tensors, got {len(branches)}")
+    for i, x in enumerate(branches):
+        _check_tensor(f"branches[{i}]", x, branches[0])
+        if x.dim() != 4:
+            raise ValueError(
+                f"psa_tail: branches[{i}] must be (B, C, H, W), got {x.dim()} dimensions: "
+                f"{tuple(x.shape)}"
+            )
+        if x.shape != branches[0].shape:
+            raise ValueError(
+                f"psa_tail: branches must have one shape, but branches[0] is "
+                f"{tuple(branches[0].shape)} and branches[{i}] is {tuple(x.shape)}"
+            )
+        if x.dtype != branches[0].dtype:
+            raise TypeError(
+                f"psa_tail: branches must have one dtype, but branches[0] is {branches[0].dtype} "
+                f"and branches[{i}] is {x.dtype}"
+            )
+    if min(branches[0].shape[1:]) < 1:
+        raise ValueError(
+            f"psa_tail: branches must be (B, C, H, W) with C, H, W >= 1, "
+            f"got {tuple(branches[0].shape)}"
+        )
+
+
+def _check_tensor(name: str, value: Tensor, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"psa_tail: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"psa_tail: {name} must be {_DTYPE_NAMES}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"psa_tail: {name} must be a dense tensor, got layout {value.layout}")
+    if value.device != like.device:
+        raise ValueError(
+            f"psa_tail: all tensors must be on one device, but branches[0] is on {like.device} "
+            f"and {name} is on {value.device}"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, *accepted: tuple[int, ...]) -> None:
+    # `shape in accepted` would say the same, but torch.compile can't trace it with dynamic sizes.
+    if not any(tensor.shape == shape for shape in accepted):
+        shapes = " or ".join(str(shape) for shape in accepted)
+        raise ValueError(f"psa_tail: {name} must be {shapes}, got {tuple(tensor.shape)}")
+
+
+def _refuse_gradients(tensors: Sequence[Tensor | None]) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            "psa_tail: scale, shift and relu are for inference and have no gradient, but an "
+            "argument requires one; call it under torch.no_grad(), or apply them outside psa_tail"
+        )

@@ -1,0 +1,52 @@
+"""FusedPSAModule: the PSA module with its tail as one operator."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from epsanet_fused.ops import psa_tail
+from epsanet_fused.reference import PSAModule
+
+_CONVS = ("conv_1", "conv_2", "conv_3", "conv_4")
+
+
+class FusedPSAModule(PSAModule):
+    """Drop-in for ``PSAModule``: the same signature, state_dict keys and numbers, less time.
+
+    The convolutions stay PyTorch's; all that follows them is ``psa_tail``. Arguments, errors and
+    shapes are those of ``PSAModule``.
+    """
+
+    @classmethod
+    def from_reference(cls, module: nn.Module) -> FusedPSAModule:
+        """A fused module over the very convolutions and SE of ``module``: parameters are shared.
+
+        Args:
+            module: a ``PSAModule``, or the official one: with ``conv_1`` to ``conv_4`` and an
+                ``se`` that holds ``fc1`` and ``fc2``. It keeps working beside the new one.
+
+        Raises:
+            TypeError: if ``module`` isn't built that way.
+        """
+        se = getattr(module, "se", None)
+        layers = {name: getattr(module, name, None) for name in _CONVS}
+        layers |= {f"se.{name}": getattr(se, name, None) for name in ("fc1", "fc2")}
+        if wrong := [name for name, layer in layers.items() if not isinstance(layer, nn.Conv2d)]:
+            raise TypeError(
+                f"FusedPSAModule.from_reference: module must be a PSAModule, with Conv2d layers "
+                f"{', '.join(layers)}; {type(module).__name__} has none at {', '.join(wrong)}"
+            )
+        fused = cls.__new__(cls)
+        nn.Module.__init__(fused)
+        for name in (*_CONVS, "se"):
+            fused.add_module(name, getattr(module, name))
+        fused.training = module.training
+        return fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return psa_tail(self.convolve(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+    def extra_repr(self) -> str:
+        width, channels = self.se.fc1.weight.shape[:2]
+        return f"branches=4, channels_per_branch={channels}, hidden={width}, tail=psa_tail"

@@ -1,0 +1,149 @@
+"""The operator: everything of a PSA module that follows its convolutions, and its backward.
+
+``psa_tail`` is what users call. Behind it is one pair of functional operators registered with
+torch.library; what the backward needs (squeeze and attention, both tiny) are outputs of the
+forward, so that compilers, checkpointing and CUDA graphs see all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from epsanet_fused.backends import chosen, resolve, room
+from epsanet_fused.checks import check_psa_tail
+from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
+
+_library = torch.library.Library("epsanet_fused", "DEF")
+_library.define(
+    "psa_tail(Tensor[] branches, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+    "Tensor fc2_bias, Tensor? scale, Tensor? shift, bool relu, str backend) "
+    "-> (Tensor out, Tensor squeeze, Tensor attention)"
+)
+_library.define(
+    "psa_tail_backward(Tensor grad, Tensor[] branches, Tensor squeeze, Tensor attention, "
+    "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, "
+    "bool branch_grads, bool fc_grads, str backend) "
+    "-> (Tensor[] grad_branches, Tensor[] grad_fc)"
+)
+
+
+def psa_tail(
+    branches: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Squeeze, excite, select, recalibrate and concatenate in reverse (arXiv 2105.14447, 3.2).
+
+    For branch s with channels c: ``attention = softmax_s(sigmoid(fc2 relu(fc1 mean_hw(x_s))))``
+    and ``out[:, (S - 1 - s) * C + c] = x_s[:, c] * attention[:, s, c]``.
+
+    Args:
+        branches: S >= 2 tensors (B, C, H, W), of one shape, dtype and device; the branch of the
+            smallest kernel first. float16, bfloat16, float32 or float64; any strides; B may be 0.
+        fc1_weight: (R, C, 1, 1) or (R, C). The fc tensors may be of any of these dtypes.
+        fc1_bias: (R,).
+        fc2_weight: (C, R, 1, 1) or (C, R).
+        fc2_bias: (C,).
+        scale, shift, relu: epilogue for inference, with (S * C,) vectors in the order of the
+            output's channels: ``out = relu(scale * out + shift)``, each part where it is given.
+
+    Returns:
+        (B, S * C, H, W) in the branches' dtype, branch S - 1 first; channels_last if every branch
+        is, else contiguous. Sums are accumulated in float32 (float64 for float64).
+
+    Raises:
+        TypeError: for what is no tensor, or of a dtype that isn't accepted.
+        ValueError: for shapes and devices that don't fit, or an epilogue where a gradient is due.
+        RuntimeError: if the backend asked for can't run on these tensors.
+
+    Differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
+    """
+    check_psa_tail(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
+    fc = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
+    name = chosen()
+    if name == "reference":
+        return room(name).forward(branches, *fc, scale, shift, relu)[0]
+    return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
+
+
+@torch.library.impl(_library, "psa_tail", "CompositeExplicitAutograd")
+def _forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu, backend):
+    run = resolve(backend, branches[0].device.type).forward
+    return run(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
+
+
+@torch.library.impl(_library, "psa_tail_backward", "CompositeExplicitAutograd")
+def _backward(grad, branches, *rest):
+    *tensors_and_flags, backend = rest
+    run = resolve(backend, grad.device.type).backward
+    return run(grad, branches, *tensors_and_flags)
+
+
+@torch.library.register_fake("epsanet_fused::psa_tail", lib=_library)
+def _fake_forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue_and_backend):
+    x = branches[0]
+    stats = (x.shape[0], len(branches), x.shape[1])  # (B, S, C)
+    acc = accumulator_dtype(x.dtype)
+    return empty_output(branches), x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
+
+
+@torch.library.register_fake("epsanet_fused::psa_tail_backward", lib=_library)
+def _fake_backward(
+    grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+    branch_grads, fc_grads, backend,
+):  # fmt: skip
+    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return (
+        [empty_grad(x) for x in branches] if branch_grads else [],
+        [p.new_empty(p.shape) for p in fc] if fc_grads else [],
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    branches, *fc, scale, shift, relu, backend = inputs
+    _, squeeze, attention = output
+    ctx.mark_non_differentiable(squeeze, attention)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*branches, squeeze, attention, *fc)
+    ctx.backend = backend
+    ctx.has_epilogue = scale is not None or shift is not None or relu
+
+
+def _autograd(ctx, grad, _grad_squeeze, _grad_attention):
+    if ctx.has_epilogue:
+        raise NotImplementedError("psa_tail: scale, shift and relu have no gradient")
+    *branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias = ctx.saved_tensors
+    wants_branches, *wants_fc = ctx.needs_input_grad[:5]
+    none_branches = [None] * len(branches)
+    if grad is None:
+        return none_branches, None, None, None, None, None, None, None, None
+    grad_branches, grad_fc = torch.ops.epsanet_fused.psa_tail_backward(
+        grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+        any(wants_branches), any(wants_fc), ctx.backend,
+    )  # fmt: skip
+    grad_fc = grad_fc or (None, None, None, None)
+    return grad_branches or none_branches, *grad_fc, None, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "psa_tail is differentiable once; for higher orders run the forward under "
+        "epsanet_fused.use_backend('reference')"
+    )
+
+
+torch.library.register_autograd(
+    "epsanet_fused::psa_tail", _autograd, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "epsanet_fused::psa_tail_backward", _no_second_derivative, lib=_library
+)

@@ -1,0 +1,94 @@
+"""The float64 oracle, and the rule by which a result passes (docs/numerics.md says why).
+
+Used by the tests, the benchmark and ``python -m epsanet_fused``: a number is reported only beside
+its error against this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from epsanet_fused import reference
+from epsanet_fused.layout import accumulator_dtype
+
+
+def plain_tail(
+    branches: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The literal tail of reference.py with the arguments of ``psa_tail``; all of one dtype."""
+
+    def se(x: Tensor) -> Tensor:
+        hidden = F.relu(F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), fc1, fc1_bias))
+        return torch.sigmoid(F.linear(hidden, fc2, fc2_bias))[..., None, None]  # (B, C, 1, 1)
+
+    fc1, fc2 = fc1_weight.flatten(1), fc2_weight.flatten(1)
+    out = reference.psa_tail(branches, se)
+    if scale is not None:
+        out = out * scale[:, None, None]
+    if shift is not None:
+        out = out + shift[:, None, None]
+    return F.relu(out) if relu else out
+
+
+def evaluate(
+    tail: Callable[..., Tensor],
+    branches: Sequence[Tensor],
+    fc: Sequence[Tensor],
+    grad: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Run ``tail`` on copies of the inputs: its output, then with ``grad`` all gradients.
+
+    Args:
+        tail: called as ``psa_tail`` is.
+        branches, fc: its inputs; copied with their strides.
+        grad: the gradient of the output; None for inference.
+        dtype: what to convert everything to first: float64 for the oracle.
+
+    Returns:
+        [out], or [out, the gradient of each branch, the gradients of the four fc tensors].
+    """
+    leaves = [_copy(t, dtype).requires_grad_(grad is not None) for t in (*branches, *fc)]
+    with torch.set_grad_enabled(grad is not None):
+        out = tail(leaves[: len(branches)], *leaves[len(branches) :])
+    if grad is None:
+        return [out]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def _copy(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A leaf with t's values and strides, so that slices and permutations stay what they are."""
+    size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    storage = torch.empty(max(size, 0), dtype=dtype or t.dtype, device=t.device)
+    leaf = storage.as_strided(t.shape, t.stride())
+    return leaf.copy_(t.detach()) if t.numel() else leaf
+
+
+def max_error(result: Tensor, oracle: Tensor) -> float:
+    """The largest absolute difference; 0 for empty tensors, NaN if either holds one."""
+    if oracle.numel() == 0:
+        return 0.0
+    return (result.to(oracle) - oracle).abs().max().item()
+
+
+def bound(plain: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
+    """The largest error that passes: twice plain PyTorch's in the same dtype, plus a small floor.
+
+    The floor is eight roundings of the accumulator at the size of the oracle (at least one): where
+    a true gradient is exactly 0, plain PyTorch may be exactly right.
+    """
+    size = oracle.abs().max().item() if oracle.numel() else 0.0
+    floor = 8 * torch.finfo(accumulator_dtype(dtype)).eps * max(1.0, size)
+    return 2 * max_error(plain, oracle) + floor
