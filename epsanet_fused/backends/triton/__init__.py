@@ -1,1 +1,99 @@
-def unavailable(d): return "x"
+"""Triton kernels for CUDA and ROCm: forward in two or three launches, backward in three or four.
+
+They read any strides in which H and W form one run of pixels, so no dense input is copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
+
+
+@functools.cache
+def unavailable(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        from epsanet_fused.backends.triton import kernels
+    except Exception as error:  # a triton that doesn't match torch or Python fails in many ways
+        return f"triton fails to import: {type(error).__name__}: {error}"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    if device_type == "cuda" or (device_type == "cpu" and kernels.INTERPRETED):
+        return None
+    if device_type == "cpu":
+        return "it runs on CPU tensors only for tests, under TRITON_INTERPRET=1"
+    return f"it runs on CUDA and ROCm tensors, not on {device_type} tensors"
+
+
+def forward(
+    branches: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from epsanet_fused.backends.triton import launch
+
+    out = empty_output(branches)
+    B, C = branches[0].shape[:2]
+    squeeze = out.new_empty((B, len(branches), C), dtype=accumulator_dtype(out.dtype))
+    attention = torch.empty_like(squeeze)
+    if B == 0:
+        return out, squeeze, attention
+    fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
+    scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
+    with _on_device_of(out):
+        problem = launch.problem(branches, out)
+        launch.sum_and_gate(problem, False, squeeze, attention, fc)
+        launch.recalibrate(problem, attention, None, scale, shift, relu)
+    return out, squeeze, attention
+
+
+def backward(
+    grad: Tensor,
+    branches: Sequence[Tensor],
+    squeeze: Tensor,
+    attention: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    branch_grads: bool,
+    fc_grads: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    from epsanet_fused.backends.triton import launch
+
+    fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
+    grad_branches = [empty_grad(x) for x in branches] if branch_grads else []
+    grad_fc = [torch.empty_like(t) for t in fc] if fc_grads else []
+    if grad.shape[0] == 0:
+        return grad_branches, [g.zero_() for g in grad_fc]
+    spread = torch.empty_like(squeeze)  # (B, S, C)
+    for_fc: Sequence[Tensor | None] = (None, None, None)
+    if fc_grads:
+        hidden = squeeze.new_empty((*squeeze.shape[:2], fc1_weight.shape[0]))  # (B, S, R)
+        for_fc = (hidden, torch.empty_like(hidden), torch.empty_like(squeeze))
+    with _on_device_of(grad):
+        problem = launch.problem(branches, grad)
+        launch.sum_and_gate(problem, True, squeeze, attention, fc, spread, for_fc)
+        if fc_grads:
+            launch.fc_grads(squeeze, for_fc, grad_fc)
+        if branch_grads:
+            launch.recalibrate(launch.problem(grad_branches, problem.cat), attention, spread)
+    return grad_branches, grad_fc
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,138 @@
+"""Compile every Triton kernel for one target, without a card, and print what the compiler made.
+
+Run as a process of its own, without TRITON_INTERPRET: ``compile_kernels.py cuda:90``. The real
+launch code runs on CPU tensors; only the driver is a stand-in, and each launch stops after the
+compiler. One JSON line per kernel, problem and dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from epsanet_fused.backends.triton import backward, forward, launch
+from epsanet_fused.layout import empty_output
+
+STAGES = {"S1": (16, 56), "S2": (32, 28), "S3": (64, 14), "S4": (128, 7)}  # C of a branch, H = W
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# A batch for each row of the table.
+BATCHES = {"small": 1, "large": 512}
+
+
+class StandInDriver:
+    """What the launch code asks of a driver, answered for a card that isn't there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(name: str) -> None:
+    kind, arch = name.split(":")
+    target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
+    triton.runtime.driver.set_active(StandInDriver(target))
+    compiled: list[tuple[str, object]] = []
+    launch_really = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: object, **kwargs: object) -> object:
+        kwargs["warmup"] = True
+        result = launch_really(kernel, *args, **kwargs)
+        compiled.append((kernel.__name__, result))
+        return result
+
+    JITFunction.run = compile_only
+    for stage, dtype, layout, batch in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES):
+        compiled.clear()
+        run_operator(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch])
+        for kernel, result in compiled:
+            line = {"kernel": kernel, "stage": stage, "dtype": dtype, "layout": layout}
+            line |= {"batch": batch, "shared": result.metadata.shared}
+            if kind == "cuda":
+                line |= machine_code(result.asm["cubin"])
+            else:
+                line |= amd_resources(result.asm["amdgcn"])
+            print(json.dumps(line))
+
+
+def run_operator(
+    stage: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format, batch: int
+) -> None:
+    C, H = stage
+    # Never filled and never read: on most systems such pages cost nothing.
+    shape = (batch, C, H, H)
+    branches = [torch.empty(shape, dtype=dtype, memory_format=layout) for _ in range(4)]
+    R = C // 16
+    fc = [torch.empty(s) for s in ((R, C), (R,), (C, R), (C,))]
+    out, squeeze, attention = forward(branches, *fc, None, None, False)
+    grad = torch.empty_like(out)
+    backward(grad, branches, squeeze, attention, *fc, True, True)
+    scale, shift = torch.empty(4 * C), torch.empty(4 * C)
+    problem = launch.problem(branches, empty_output(branches))
+    launch.recalibrate(problem, attention, None, scale, shift, True)
+
+
+@functools.cache
+def machine_code(cubin: bytes) -> dict[str, object]:
+    """Registers, stack and the widths (in bits) of the accesses to global memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([tool, flag, file], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", sass, re.M)
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "instructions": len(instructions),
+        "loads": widths(instructions, "LDG"),
+        "stores": widths(instructions, "STG"),
+    }
+
+
+def widths(instructions: list[str], opcode: str) -> dict[int, int]:
+    """How often each width occurs: LDG.E is 32 bits, LDG.E.128 and LDG.E.U16 say their own."""
+    found = Counter()
+    for name in instructions:
+        if name.split(".")[0] == opcode:
+            bits = [int(b) for b in re.findall(r"\.[US]?(8|16|64|128)\b", name)]
+            found[bits[0] if bits else 32] += 1
+    return dict(found)
+
+
+@functools.cache
+def amd_resources(assembly: str) -> dict[str, object]:
+    """Registers and stack, from the metadata that the compiler writes into the assembly."""
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+
+    return {"registers": field("vgpr_count"), "stack": field("private_segment_fixed_size")}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
