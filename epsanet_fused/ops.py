@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epsanet_fused.backends import chosen, resolve, room
+from epsanet_fused.backends import chosen, reference, resolve
 from epsanet_fused.checks import check_psa_tail
 from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
 
@@ -71,7 +71,7 @@ def psa_tail(
     fc = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
     name = chosen()
     if name == "reference":
-        return room(name).forward(branches, *fc, scale, shift, relu)[0]
+        return reference.forward(branches, *fc, scale, shift, relu)[0]
     return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
 
 

@@ -69,11 +69,12 @@ def evaluate(
 
 
 def _copy(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A leaf with t's values and strides, so that slices and permutations stay what they are."""
+    """A copy with t's strides, so that slices, permutations and expansions stay what they are."""
+    if t.numel() == 0:
+        return t.detach().to(dtype or t.dtype, copy=True)
     size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    storage = torch.empty(max(size, 0), dtype=dtype or t.dtype, device=t.device)
-    leaf = storage.as_strided(t.shape, t.stride())
-    return leaf.copy_(t.detach()) if t.numel() else leaf
+    memory = t.detach().as_strided((size,), (1,)).to(dtype or t.dtype, copy=True)
+    return memory.as_strided(t.shape, t.stride())
 
 
 def max_error(result: Tensor, oracle: Tensor) -> float:
@@ -83,12 +84,18 @@ def max_error(result: Tensor, oracle: Tensor) -> float:
     return (result.to(oracle) - oracle).abs().max().item()
 
 
-def bound(plain: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
+def bound(plain: Tensor, oracle: Tensor, dtype: torch.dtype, size: float = 1.0) -> float:
     """The largest error that passes: twice plain PyTorch's in the same dtype, plus a small floor.
 
-    The floor is eight roundings of the accumulator at the size of the oracle (at least one): where
-    a true gradient is exactly 0, plain PyTorch may be exactly right.
+    The floor is what plain PyTorch may escape by luck: half a rounding to the result's dtype, which
+    even an exact computation commits, and eight roundings of the accumulator.
+
+    Args:
+        plain, oracle: the same result by plain PyTorch in ``dtype``, and in float64.
+        size: the largest number that was added up to get there, at least 1: where a sum cancels,
+            its rounding is that of its terms, not of the result.
     """
-    size = oracle.abs().max().item() if oracle.numel() else 0.0
-    floor = 8 * torch.finfo(accumulator_dtype(dtype)).eps * max(1.0, size)
+    own = oracle.abs().max().item() if oracle.numel() else 0.0
+    floor = torch.finfo(dtype).eps / 2 * own
+    floor += 8 * torch.finfo(accumulator_dtype(dtype)).eps * max(1.0, own, size)
     return 2 * max_error(plain, oracle) + floor

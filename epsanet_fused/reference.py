@@ -135,6 +135,11 @@ def _check_widths(
             f"PSAModule: planes must be a multiple of 4, one share per branch, got {planes}"
         )
     split = planes // 4
+    if bad := [g for g in conv_groups if g < 1]:
+        raise ValueError(
+            f"PSAModule: conv_groups={tuple(conv_groups)} must be positive, got {bad}; 1 is an "
+            f"ordinary convolution"
+        )
     for g in conv_groups:
         if inplans % g or split % g:
             raise ValueError(

@@ -88,7 +88,8 @@ def _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC: tl.constexpr):
     w1 = tl.load(fc1_weight + r[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)
     h = tl.sum(z[:, None, :] * w1[None, :, :], axis=2)
     h += tl.load(fc1_bias + r, mask=r < R, other=0.0).to(ACC)[None, :]
-    return tl.where(h < 0, 0.0, h), w1  # a NaN passes, as in PyTorch's relu
+    # A NaN passes, as in PyTorch's relu; but not into the padding, where an infinite z makes one.
+    return tl.where((h < 0) | (r >= R)[None, :], 0.0, h), w1
 
 
 @triton.jit
@@ -123,7 +124,8 @@ def _fc_backward(
         r = r0 + tl.arange(0, BLOCK_R)
         h, w1 = _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC)
         w2 = _fc2_rows(fc2_weight, r, c, C, R, ACC)
-        pre1 = tl.where(h <= 0, 0.0, tl.sum(pre2[:, None, :] * w2[None, :, :], axis=2))
+        pre1 = tl.sum(pre2[:, None, :] * w2[None, :, :], axis=2)
+        pre1 = tl.where((h <= 0) | (r >= R)[None, :], 0.0, pre1)
         grad_z += tl.sum(pre1[:, :, None] * w1[None, :, :], axis=1)
         if hidden is not None:
             offsets = (b * S + s)[:, None] * R + r[None, :]
