@@ -35,7 +35,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
     state = checkpoint.get("state_dict")
     if state is None:
         state, rest = checkpoint, {}
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state_dict(state):
         raise ValueError(
             f"load_checkpoint: {os.fspath(path)} must hold a state_dict, alone or under the key "
             f"'state_dict'; found the keys {sorted(map(str, checkpoint))[:8]}"
@@ -45,6 +45,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
     _check_fit(model.state_dict(), state, path)
     model.load_state_dict(state)
     return rest
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
 
 
 def _check_fit(

@@ -101,10 +101,10 @@ class EPSANet(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        if len(layers) != 4 or len(planes) != 4:
+        if len(layers) != 4 or len(planes) != 4 or min(layers) < 1:
             raise ValueError(
-                f"EPSANet: layers and planes must have four entries, one per stage, "
-                f"got {tuple(layers)} and {tuple(planes)}"
+                f"EPSANet: layers and planes must have four entries, one per stage, each of layers "
+                f"at least 1, got {tuple(layers)} and {tuple(planes)}"
             )
         norm_layer = norm_layer or nn.BatchNorm2d
         options = {

@@ -29,8 +29,8 @@ def unavailable(device_type: str) -> str | None:
     if device_type == "cuda" or (device_type == "cpu" and kernels.INTERPRETED):
         return None
     if device_type == "cpu":
-        return "it runs on CPU tensors only for tests, under TRITON_INTERPRET=1"
-    return f"it runs on CUDA and ROCm tensors, not on {device_type} tensors"
+        return "it needs a CUDA or ROCm device; on a CPU it is for tests, under TRITON_INTERPRET=1"
+    return f"it needs a CUDA or ROCm device, not {device_type}"
 
 
 def forward(

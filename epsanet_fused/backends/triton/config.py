@@ -33,7 +33,7 @@ SUM = {
     "small": Row(tile=1024, pixels=256, splits=16, warps=4),
     "large": Row(tile=4096, pixels=512, splits=1, warps=4),
     "large channels_last": Row(tile=4096, pixels=4096, splits=4, warps=4),
-    "fold": Row(tile=8192, pixels=512, splits=1, warps=8),
+    "fold": Row(tile=8192, pixels=512, splits=1, warps=16),
     "interpreted": Row(tile=65536, pixels=4096, splits=1, warps=4),
 }
 # What recalibrates: no loop, one 16-byte load of each 16-bit part per thread.
