@@ -28,12 +28,13 @@ class Row(NamedTuple):
 
 
 # What sums the pixels: a large tile keeps four 16-byte loads of each part in flight per thread, a
-# small one spreads what little there is over the card.
+# small one spreads what little there is over the card. "fold" must not split.
 SUM = {
     "small": Row(tile=1024, pixels=256, splits=16, warps=4),
     "large": Row(tile=4096, pixels=512, splits=1, warps=4),
     "large channels_last": Row(tile=4096, pixels=4096, splits=4, warps=4),
     "fold": Row(tile=8192, pixels=512, splits=1, warps=16),
+    # Every interpreted program costs the same, whatever its size.
     "interpreted": Row(tile=65536, pixels=4096, splits=1, warps=4),
 }
 # What recalibrates: no loop, one 16-byte load of each 16-bit part per thread.
@@ -41,6 +42,8 @@ RECALIBRATE = {
     "compiled": Row(tile=1024, pixels=512, splits=1, warps=4),
     "interpreted": Row(tile=65536, pixels=4096, splits=1, warps=4),
 }
+# What sums up the fc gradients: at most so many channels and hidden units for one program.
+FC_GRAD = {"compiled": (16, 4), "interpreted": (4096, 4096)}
 
 
 class Config(NamedTuple):
@@ -56,17 +59,27 @@ class Config(NamedTuple):
 def sum_config(
     B: int, S: int, C: int, HW: int, itemsize: int, channels_last: bool, interpreted: bool
 ) -> Config:
+    fold_gate = S * C * HW * itemsize <= FOLD_BYTES
     if interpreted:
-        return _cut(SUM["interpreted"], C, HW, channels_last)
-    if S * C * HW * itemsize <= FOLD_BYTES:
-        return _cut(SUM["fold"], C, HW, channels_last)._replace(fold_gate=True)
-    if B * C * HW < LARGE:
-        return _cut(SUM["small"], C, HW, channels_last)
-    return _cut(SUM["large channels_last" if channels_last else "large"], C, HW, channels_last)
+        row = "interpreted"
+    elif fold_gate:
+        row = "fold"
+    elif B * C * HW < LARGE:
+        row = "small"
+    else:
+        row = "large channels_last" if channels_last else "large"
+    return _cut(SUM[row], C, HW, channels_last)._replace(fold_gate=fold_gate)
 
 
 def recalibrate_config(C: int, HW: int, channels_last: bool, interpreted: bool) -> Config:
     return _cut(RECALIBRATE["interpreted" if interpreted else "compiled"], C, HW, channels_last)
+
+
+def fc_grad_blocks(C: int, R: int, interpreted: bool) -> tuple[int, int, int]:
+    """BLOCK_C, BLOCK_R and BLOCK_N, the rows that are loaded at a time."""
+    most_c, most_r = FC_GRAD["interpreted" if interpreted else "compiled"]
+    block_c, block_r = min(most_c, next_power_of_2(C)), min(most_r, next_power_of_2(R))
+    return block_c, block_r, max(1, GATE_TILE // (block_c * block_r))
 
 
 def _cut(row: Row, C: int, HW: int, channels_last: bool) -> Config:

@@ -127,12 +127,10 @@ def fc_grads(squeeze: Tensor, for_fc: Sequence[Tensor], grads: Sequence[Tensor])
     """Write the gradients of fc1's weight (R, C) and bias, fc2's weight (C, R) and bias."""
     B, S, C = squeeze.shape
     R = grads[0].shape[0]
-    block_c, block_r = min(16, next_power_of_2(C)), min(4, next_power_of_2(R))
-    if kernels.INTERPRETED:  # where each program costs the same whatever its size
-        block_c, block_r = next_power_of_2(C), next_power_of_2(R)
+    block_c, block_r, block_n = config.fc_grad_blocks(C, R, kernels.INTERPRETED)
     kernels.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
-        squeeze, *for_fc, *grads, rows=B * S, C=C, R=R, BLOCK_C=block_c, BLOCK_R=block_r,
-        BLOCK_N=max(1, config.GATE_TILE // (block_c * block_r)), ACC=_ACC[squeeze.dtype],
+        squeeze, *for_fc, *grads, rows=B * S, C=C, R=R,
+        BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_N=block_n, ACC=_ACC[squeeze.dtype],
     )  # fmt: skip
 
 

@@ -1,0 +1,82 @@
+"""The cuts that a card would get, run interpreted: many tiles, splits, both ways to the gate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYOUTS, Shape, assert_accurate, expected, make_case
+
+pytest.importorskip("triton")
+
+import epsanet_fused as ef
+from epsanet_fused.backends.triton import config, launch
+from epsanet_fused.oracle import evaluate
+
+SHAPES = {
+    "many tiles": Shape(2, 4, 20, 30, 33, 2),
+    "rows of eight": Shape(1, 3, 9, 24, 25, 3),
+    "many channels": Shape(1, 2, 300, 3, 5, 40),
+}
+
+
+@pytest.mark.parametrize("cut", [name for name in config.SUM if name != "interpreted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_cut_gives_the_right_numbers(
+    monkeypatch: pytest.MonkeyPatch, cut: str, layout: str, shape: str
+) -> None:
+    monkeypatch.setitem(config.SUM, "interpreted", config.SUM[cut])
+    for table in (config.RECALIBRATE, config.FC_GRAD):
+        monkeypatch.setitem(table, "interpreted", table["compiled"])
+    monkeypatch.setattr(config, "FOLD_BYTES", 1 << 30 if cut == "fold" else 0)
+    case = make_case(SHAPES[shape], layout=LAYOUTS[layout])
+    with ef.use_backend("triton"):
+        assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+
+
+def test_splits_cover_every_pixel_once() -> None:
+    for channels_last in (False, True):
+        for C, HW in ((1, 1), (16, 3136), (16, 3137), (48, 10_000_019), (4096, 49)):
+            for B in (1, 10_000):
+                cut = config.sum_config(B, 4, C, HW, 4, channels_last, False)
+                covered = cut.splits * cut.tiles * cut.block_p
+                assert covered >= HW
+                assert covered - cut.tiles * cut.block_p < HW  # no split is empty
+                assert not (cut.fold_gate and cut.splits > 1)
+
+
+def test_dense_inputs_are_not_copied() -> None:
+    """What the kernels read is the caller's memory, in either format and as slices of either."""
+    x = torch.randn(2, 12, 6, 8)
+    for whole in (x, x.contiguous(memory_format=torch.channels_last)):
+        for parts in (list(whole.chunk(3, 1)), list(whole[:, :, 1:4].chunk(3, 1))):
+            cat = torch.empty(2, 12, *parts[0].shape[2:])
+            problem = launch.problem(parts, cat)
+            assert [p.data_ptr() for p in problem.parts] == [p.data_ptr() for p in parts]
+
+
+def test_strides_keep_their_divisor() -> None:
+    """196 pixels a row: everything but the inner stride divides by 4, and comes divided."""
+    parts = [torch.empty(2, 3, 14, 14) for _ in range(2)]
+    problem = launch.problem(parts, torch.empty(2, 6, 14, 14))
+    assert problem.div == 4
+    assert problem.strides == ((147, 49, 1), (147, 49, 1), (294, 49, 1))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A sample that starts further than 2**31 elements into its tensor is read from there."""
+    step = 2**31 + 64
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pages not touched cost nothing
+    try:
+        memory = torch.empty(step + 24, dtype=torch.float16)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    case = make_case(Shape(2, 2, 4, 2, 3, 1), torch.float16)
+    far = memory.as_strided((2, 4, 2, 3), (step, 6, 3, 1)).copy_(case.branches[0])
+    leaf = far.requires_grad_()
+    with ef.use_backend("triton"):
+        out = ef.psa_tail([leaf, case.branches[1]], *case.fc)
+        (grad,) = torch.autograd.grad(out, leaf, case.grad)
+        near = evaluate(ef.psa_tail, *case)
+    assert torch.equal(out, near[0])
+    assert torch.equal(grad, near[1])
