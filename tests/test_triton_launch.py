@@ -37,8 +37,8 @@ def test_every_cut_gives_the_right_numbers(
 def test_splits_cover_every_pixel_once() -> None:
     for channels_last in (False, True):
         for C, HW in ((1, 1), (16, 3136), (16, 3137), (48, 10_000_019), (4096, 49)):
-            for B in (1, 10_000):
-                cut = config.sum_config(B, 4, C, HW, 4, channels_last, False)
+            for B, products in ((1, False), (10_000, True)):
+                cut = config.sum_config(B, 4, C, HW, 4, channels_last, products, False)
                 covered = cut.splits * cut.tiles * cut.block_p
                 assert covered >= HW
                 assert covered - cut.tiles * cut.block_p < HW  # no split is empty

@@ -21,7 +21,7 @@ FOLD_BYTES = 128 * 1024
 class Row(NamedTuple):
     """Sizes of a tile, in elements of one part; a program has a tile of each of the S parts."""
 
-    tile: int
+    tile: int  # where two tensors are read together, half as much of each
     pixels: int  # the tile's width for NCHW; for channels_last the channels come first
     splits: int  # at most so many programs share the pixels of a sum
     warps: int
@@ -57,8 +57,10 @@ class Config(NamedTuple):
 
 
 def sum_config(
-    B: int, S: int, C: int, HW: int, itemsize: int, channels_last: bool, interpreted: bool
-) -> Config:
+    B: int, S: int, C: int, HW: int, itemsize: int, channels_last: bool, products: bool,
+    interpreted: bool,
+) -> Config:  # fmt: skip
+    """How to sum the parts, or their products with the cat."""
     fold_gate = S * C * HW * itemsize <= FOLD_BYTES
     if interpreted:
         row = "interpreted"
@@ -68,7 +70,8 @@ def sum_config(
         row = "small"
     else:
         row = "large channels_last" if channels_last else "large"
-    return _cut(SUM[row], C, HW, channels_last)._replace(fold_gate=fold_gate)
+    config = _cut(SUM[row], C, HW, channels_last, share=2 if products else 1)
+    return config._replace(fold_gate=fold_gate)
 
 
 def recalibrate_config(C: int, HW: int, channels_last: bool, interpreted: bool) -> Config:
@@ -82,14 +85,15 @@ def fc_grad_blocks(C: int, R: int, interpreted: bool) -> tuple[int, int, int]:
     return block_c, block_r, max(1, GATE_TILE // (block_c * block_r))
 
 
-def _cut(row: Row, C: int, HW: int, channels_last: bool) -> Config:
-    """A tile of at most row.tile elements, filled along the inner extent first."""
+def _cut(row: Row, C: int, HW: int, channels_last: bool, share: int = 1) -> Config:
+    """A tile of at most row.tile // share elements, filled along the inner extent first."""
+    tile = row.tile // share
     if channels_last:
         block_c = min(next_power_of_2(C), 128)
-        block_p = min(next_power_of_2(HW), max(1, row.tile // block_c))
+        block_p = min(next_power_of_2(HW), max(1, tile // block_c))
     else:
         block_p = min(next_power_of_2(HW), row.pixels)
-        block_c = min(next_power_of_2(C), max(1, row.tile // block_p))
+        block_c = min(next_power_of_2(C), max(1, tile // block_p))
     all_tiles = cdiv(HW, block_p)
     tiles = cdiv(all_tiles, row.splits)
-    return Config(row.tile, block_c, block_p, tiles, cdiv(all_tiles, tiles), row.warps)
+    return Config(tile, block_c, block_p, tiles, cdiv(all_tiles, tiles), row.warps)

@@ -74,7 +74,7 @@ def sum_and_gate(
     """
     B, S, C, HW = p.sizes
     itemsize, interpreted = p.cat.element_size(), kernels.INTERPRETED
-    cfg = config.sum_config(B, S, C, HW, itemsize, p.channels_last, interpreted)
+    cfg = config.sum_config(B, S, C, HW, itemsize, p.channels_last, with_cat, interpreted)
     sums = squeeze.new_empty((B, cfg.splits, S, C))
     cat, cat_strides = (p.cat, p.strides[-1]) if with_cat else (None, None)
     tensors = (p.parts, p.strides[:-1], cat, cat_strides, sums)

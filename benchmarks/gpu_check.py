@@ -1,0 +1,206 @@
+"""Everything worth knowing from a few minutes on a card, in one folder, with one command.
+
+    make gpu-check        # or: PYTHONPATH=. python3 benchmarks/gpu_check.py --out out
+
+Runs the GPU tests, the benchmarks and the sanitizers with what the machine has, in at most nine
+minutes, and ends with a short table; the exit status is 0 only if every check passed. Each step is
+a process group of its own with its own share of the time, so that a crash or a hang costs that step
+and not the rest. It never changes a setting of the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from gpu_plan import (
+    ROOT,
+    SANITIZERS,
+    TOTAL_SECONDS,
+    Step,
+    allotment,
+    describe_plan,
+    plan,
+    with_deadline,
+)
+from report import COLUMNS, align, plot, read_csv, write_atomically, write_csv
+
+NO_GPU = 2
+
+
+class Outcome(NamedTuple):
+    """How a step ended. ``status`` is "passed", "FAILED", "OUT OF TIME" or "skipped"."""
+
+    name: str
+    status: str
+    seconds: float
+    note: str
+
+
+def execute(step: Step, seconds: float, log: Path) -> Outcome:
+    """Run one step in a process group of its own; at the end of its time the group is killed."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    began = time.perf_counter()
+    command = with_deadline(step, seconds)
+    with log.open("a") as out:
+        print(f"\n===== {step.name} ({seconds:.0f} s): {' '.join(command)}", file=out, flush=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, cwd=ROOT, env=env, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            interrupt(process)
+        finally:
+            kill_group(process)
+    return outcome(step.name, code, time.perf_counter() - began)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C: upon it pytest still writes its report, unless it hangs in the driver."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process and whatever it has left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def outcome(name: str, code: int | None, seconds: float) -> Outcome:
+    """What an exit status means; None stands for a step that had to be killed."""
+    if code is None:
+        return Outcome(name, "OUT OF TIME", seconds, "killed; what it had written is kept")
+    if code == 0:
+        return Outcome(name, "passed", seconds, "")
+    notes = {5: "no GPU test was found"} if name == "tests" else {9: "errors found, see log.txt"}
+    return Outcome(name, "FAILED", seconds, notes.get(code, f"exit status {code}, see log.txt"))
+
+
+def collect(scratch: Path, out: Path) -> list[dict[str, str]]:
+    """Bring what the steps have written so far into the one folder."""
+    tables = sorted(
+        path for path in scratch.glob("*/bench_psa.csv") if path.parent.name not in SANITIZERS
+    )  # a sanitizer's timings say nothing
+    rows = [row for path in tables for row in read_csv(path)]
+    write_csv(out / "results.csv", rows, COLUMNS)
+    for name in ("env.json", "gpu-tests.xml", "conv-cost/conv_cost.csv"):
+        source = scratch / name
+        if source.exists():
+            write_atomically(out / source.name, source.read_bytes())
+    return rows
+
+
+def plots(rows: Sequence[dict[str, str]], out: Path) -> None:
+    """One plot of the tail and one of the network, each at the size that matters most."""
+    for scope, cache in (("tail", "cold"), ("network", "warm")):
+        wanted = {"scope": scope, "cache": cache, "batch": "128", "dtype": "float16"}
+        shown = [row for row in rows if wanted.items() <= row.items() and row["layout"] == "nchw"]
+        if shown:
+            title = f"{shown[0]['device']}: {scope}, batch 128, float16, NCHW, {cache}"
+            plot(out / f"{scope}.png", shown, title)
+
+
+def summary(outcomes: Sequence[Outcome], rows: Sequence[dict[str, str]]) -> str:
+    """The short table at the end: the steps, and the tail against what it is aimed at."""
+    steps = [("step", "status", "s", "note")]
+    steps += [(o.name, o.status, f"{o.seconds:.0f}", o.note) for o in outcomes]
+    parts = [align(steps, left=2)]
+    ours = [
+        row
+        for row in rows
+        if row["provider"] in ("fused", "fused-graph") and row["batch"] == "128"
+        and row["dtype"] == "float16" and row["layout"] == "nchw" and row["ms_p50"]
+    ]  # fmt: skip
+    if ours:
+        head = (
+            "scope",
+            "mode",
+            "stage",
+            "cache",
+            "provider",
+            "runs",
+            "ms",
+            "vs eager",
+            "% of copy",
+        )
+        lines = [
+            (row["scope"], row["mode"], row["stage"], row["cache"], row["provider"],
+             row["backend"], f"{float(row['ms_p50']):.4f}", _figure(row["speedup"], "x"),
+             _figure(row["percent_of_copy"], ""))
+            for row in ours
+        ]  # fmt: skip
+        parts += ["", "batch 128, float16, NCHW:", align([head, *lines], left=6)]
+    return "\n".join(parts)
+
+
+def _figure(text: str, unit: str) -> str:
+    return f"{float(text):.2f}{unit}" if text else ""
+
+
+def everything_passed(outcomes: Sequence[Outcome], rows: Sequence[dict[str, str]]) -> bool:
+    """Killed or failed steps and wrong results count; a tool that isn't installed doesn't."""
+    return bool(rows) and all(o.status in ("passed", "skipped") for o in outcomes)
+
+
+def run(out: Path, scratch: Path) -> int:
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("")
+    sanitizer = shutil.which("compute-sanitizer")
+    steps = plan(scratch, sanitizer)
+    outcomes: list[Outcome] = []
+    rows: list[dict[str, str]] = []
+    for i, step in enumerate(steps):
+        seconds = allotment(steps, i, TOTAL_SECONDS - (time.perf_counter() - began))
+        print(f"[{i + 1}/{len(steps)}] {step.name}, up to {seconds:.0f} s", flush=True)
+        outcomes.append(execute(step, seconds, log))
+        rows = collect(scratch, out)
+    if sanitizer is None:
+        outcomes.append(Outcome("sanitizer", "skipped", 0, "compute-sanitizer isn't on PATH"))
+    plots(rows, out)
+    print(text := summary(outcomes, rows))
+    with log.open("a") as file:
+        print(f"\n{text}", file=file)
+    passed = everything_passed(outcomes, rows)
+    print(f"{'All checks passed' if passed else 'NOT all checks passed'}; see {out}")
+    return 0 if passed else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        sanitizer = shutil.which("compute-sanitizer")
+        print("\n".join(describe_plan(plan(Path("SCRATCH"), sanitizer), sanitizer)))
+        return 0
+    if not torch.cuda.is_available():
+        print(
+            "gpu_check.py: PyTorch finds no GPU here, so there is nothing to check",
+            file=sys.stderr,
+        )
+        return NO_GPU
+    with tempfile.TemporaryDirectory() as scratch:
+        return run(args.out.resolve(), Path(scratch))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""What goes in: real activations of an EPSANet-50 that looks at two photographs, or noise.
+
+Time depends on shapes and, a little, on values (never time on zeros); errors depend on values a
+lot, so the default are activations as they occur. The weights are seeded, as no trained ones are
+published; BatchNorm statistics are calibrated on the very images, so activations have sane sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import epsanet_fused as ef
+from epsanet_fused import reference
+
+# (channels in = channels out, height = width) of a stride-1 PSA module at 224 x 224.
+STAGES = {"S1": (64, 56), "S2": (128, 28), "S3": (256, 14), "S4": (512, 7)}
+IMAGE_SIZE = 224
+SEED = 2105_14447
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class LiteralTail(nn.Module):
+    """The tail as reference.py has it, the SE a module as upstream."""
+
+    def __init__(self, se: ef.SEWeightModule) -> None:
+        super().__init__()
+        self.se = se
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        return reference.psa_tail(branches, self.se)
+
+
+class OperatorTail(LiteralTail):
+    """The same by the operator."""
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return ef.psa_tail(branches, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+class Settings(NamedTuple):
+    """One point of a sweep."""
+
+    scope: str
+    mode: str
+    stage: str
+    batch: int
+    dtype: str
+    layout: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """16-bit training of anything with weights is mixed precision, as people train."""
+        mixed = self.scope != "tail" and self.mode != "inference" and self.dtype != "float32"
+        return self.torch_dtype if mixed else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The same computation twice, by the official formulation and by ours, and its inputs."""
+
+    literal: nn.Module
+    fused: nn.Module
+    inputs: tuple[Tensor, ...]  # those that require a gradient get one in training
+    output_bytes: int | None  # N, for the tail
+
+
+class Source:
+    """Makes workloads; the network that real activations come from is built once, when needed."""
+
+    def __init__(self, kind: str, device: torch.device) -> None:
+        self.device = device
+        self._photos = load_photos() if kind == "photos" else None
+
+    def workload(self, settings: Settings) -> Workload:
+        make = {"tail": self._tail, "module": self._module, "network": self._whole_network}
+        return make[settings.scope](settings)
+
+    def _tail(self, settings: Settings) -> Workload:
+        module = self._psa(settings.stage)
+        if self._photos is None:
+            channels, size = STAGES[settings.stage]
+            shape = (settings.batch, channels // 4, size, size)
+            branches = list(self._noise(4, *shape).unbind())
+        else:
+            with torch.no_grad():
+                branches = module.convolve(self._activations[settings.stage])
+        inputs = tuple(self._place(x, settings) for x in branches)
+        se = copy.deepcopy(module.se).to(self.device, settings.torch_dtype)
+        size = sum(x.numel() * x.element_size() for x in inputs)
+        return Workload(LiteralTail(se), OperatorTail(se), inputs, size)
+
+    def _module(self, settings: Settings) -> Workload:
+        module = self._place_weights(self._psa(settings.stage), settings)
+        if self._photos is None:
+            channels, size = STAGES[settings.stage]
+            x = self._noise(settings.batch, channels, size, size)
+        else:
+            x = self._activations[settings.stage]
+        fused = ef.FusedPSAModule.from_reference(module)
+        return Workload(module, fused, (self._place(x, settings),), None)
+
+    def _whole_network(self, settings: Settings) -> Workload:
+        literal = self._place_weights(self._network, settings)
+        literal.train(settings.mode != "inference")
+        fused = copy.deepcopy(literal)
+        for block in (b for layer in _layers(fused) for b in layer):
+            block.conv2 = ef.FusedPSAModule.from_reference(block.conv2)
+        images = self._place(self._images(settings.batch), settings)
+        return Workload(literal, fused, (images.requires_grad_(False),), None)
+
+    def _noise(self, *shape: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        return torch.randn(shape, generator=generator, device=self.device)
+
+    def _images(self, batch: int) -> Tensor:
+        if self._photos is not None:
+            return self._photos
+        return self._noise(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+    @functools.cached_property
+    def _network(self) -> ef.EPSANet:
+        return calibrated_network(self._images(2).cpu())
+
+    @functools.cached_property
+    def _activations(self) -> dict[str, Tensor]:
+        """What each stage's PSA module gets to see when the network looks at the photographs."""
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            self._psa(stage).register_forward_pre_hook(
+                lambda _, args, stage=stage: seen.update({stage: args[0]})
+            )
+            for stage in STAGES
+        ]
+        with torch.no_grad():
+            self._network(self._images(2))
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    def _psa(self, stage: str) -> ef.PSAModule:
+        """The PSA module of the stage's second block, the first with stride 1 throughout."""
+        if self._photos is not None:
+            return _layers(self._network)[int(stage[1]) - 1][1].conv2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return ef.PSAModule(STAGES[stage][0], STAGES[stage][0])
+
+    def _place(self, x: Tensor, settings: Settings) -> Tensor:
+        """A leaf on the device, in the settings' batch, dtype and layout, that wants a gradient."""
+        dtype = torch.float32 if settings.autocast else settings.torch_dtype
+        x = x.repeat(-(-settings.batch // x.shape[0]), 1, 1, 1)[: settings.batch]
+        x = x.to(self.device, dtype).clone(memory_format=_memory_format(settings))
+        return x.requires_grad_(settings.mode != "inference")
+
+    def _place_weights(self, module: nn.Module, settings: Settings) -> nn.Module:
+        dtype = torch.float32 if settings.autocast else settings.torch_dtype
+        placed = copy.deepcopy(module).to(self.device, dtype)
+        return placed.to(memory_format=_memory_format(settings))
+
+
+def _memory_format(settings: Settings) -> torch.memory_format:
+    return torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
+
+
+def _layers(network: ef.EPSANet) -> list[nn.Sequential]:
+    return [network.layer1, network.layer2, network.layer3, network.layer4]
+
+
+def load_photos() -> Tensor:
+    """scikit-learn's two sample photographs: (2, 3, 224, 224), normalised as for ImageNet."""
+    from sklearn.datasets import load_sample_images  # only who asks for photographs needs it
+
+    images = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
+    x = images.permute(0, 3, 1, 2).float() / 255  # (2, 3, 427, 640)
+    edge = (x.shape[3] - x.shape[2]) // 2
+    x = x[..., edge : edge + x.shape[2]]  # the square in the middle
+    x = F.interpolate(x, size=IMAGE_SIZE, mode="bilinear", antialias=True, align_corners=False)
+    return (x - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
+
+
+def calibrated_network(images: Tensor) -> ef.EPSANet:
+    """A seeded official EPSANet-50 in eval mode whose BatchNorms know the images' statistics."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = ef.epsanet50(fused=False)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # running statistics = the mean over all batches seen: this one
+    with torch.no_grad():
+        network.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return network.eval()

@@ -1,0 +1,213 @@
+"""The ways to run a workload: one table. A backend of the package joins it by being in it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from inputs import Workload
+from torch import Tensor, nn
+
+import epsanet_fused as ef
+from epsanet_fused.backends import resolve
+
+Step = Callable[[], list[Tensor]]
+
+
+class Prepared(NamedTuple):
+    """Something to time: ``step()`` returns the output and, in training, the gradients."""
+
+    step: Step
+    backend: str  # what ran, e.g. what "auto" came to
+    choice: str  # for ef.use_backend, to be in force whenever step is called
+    # What to measure peak memory on, where replays allocate nothing.
+    memory_step: Step | None
+
+
+class Provider(NamedTuple):
+    """How to build it, and why it can't run on a device, or None."""
+
+    prepare: Callable[[Workload, str, torch.dtype | None], Prepared]
+    unavailable: Callable[[torch.device], str | None]
+
+
+def make_step(
+    module: nn.Module, inputs: tuple[Tensor, ...], mode: str, autocast: torch.dtype | None
+) -> Step:
+    """One inference, one training step (forward and backward), or one backward by itself."""
+    device = inputs[0].device.type
+
+    def forward() -> Tensor:
+        with torch.autocast(device, autocast) if autocast else nullcontext():
+            return module(*inputs)
+
+    if mode == "inference":
+        return torch.no_grad()(lambda: [forward()])
+    leaves = [t for t in (*inputs, *module.parameters()) if t.requires_grad]
+    out = forward()
+    grad = output_gradient(out)
+    if mode == "backward":
+        return lambda: list(torch.autograd.grad(out, leaves, grad, retain_graph=True))
+
+    def train() -> list[Tensor]:
+        result = forward()
+        return [result.detach(), *torch.autograd.grad(result, leaves, grad)]
+
+    return train
+
+
+def output_gradient(out: Tensor) -> Tensor:
+    """Seeded noise; the same numbers for every provider and for the oracle, in out's format."""
+    generator = torch.Generator(out.device).manual_seed(1)
+    noise = torch.randn(out.shape, generator=generator, device=out.device)
+    noise = noise.bfloat16()  # exact in every dtype but float16, where no sane value overflows
+    return torch.empty_like(out).copy_(noise)
+
+
+def _plain(workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
+    step = make_step(workload.literal, workload.inputs, mode, autocast)
+    return Prepared(step, "pytorch", "auto", step)
+
+
+def _ours(choice: str, workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
+    with ef.use_backend(choice):
+        step = make_step(workload.fused, workload.inputs, mode, autocast)
+    return Prepared(step, ran(choice, workload.inputs[0].device), choice, step)
+
+
+def ran(choice: str, device: torch.device) -> str:
+    """The name of the backend that a choice comes to."""
+    return resolve(choice, device.type).__name__.rpartition(".")[2]
+
+
+def _compiled(
+    ours: bool,
+    compile_mode: str | None,
+    workload: Workload,
+    mode: str,
+    autocast: torch.dtype | None,
+) -> Prepared:
+    module = workload.fused if ours else workload.literal
+    compiled = torch.compile(module, dynamic=False, mode=compile_mode)
+    with _repeatable_backward() if mode == "backward" else nullcontext():
+        step = make_step(compiled, workload.inputs, mode, autocast)
+        step()
+    backend = f"inductor+{ran('auto', workload.inputs[0].device)}" if ours else "inductor"
+    # max-autotune replays CUDA graphs, whose memory pool a replay doesn't allocate from.
+    return Prepared(step, backend, "auto", None if compile_mode else step)
+
+
+@contextmanager
+def _repeatable_backward() -> Iterator[None]:
+    """Compile a backward that may run again and again: it must not use what was saved as scratch.
+
+    Inductor's cache on disk would give back one that does, if training compiled that before.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    with (
+        functorch.patch(donated_buffer=False, enable_autograd_cache=False),
+        inductor.patch(fx_graph_cache=False),
+    ):
+        yield
+
+
+def _graphed(
+    prepare: Callable[[Workload, str, torch.dtype | None], Prepared],
+    workload: Workload,
+    mode: str,
+    autocast: torch.dtype | None,
+) -> Prepared:
+    """A CUDA graph of another provider's step; its memory is what the step takes uncaptured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    # All on one stream: autograd runs a node's backward on the stream of its forward.
+    with torch.cuda.stream(stream):
+        inner = prepare(workload, mode, autocast)
+        with ef.use_backend(inner.choice):
+            for _ in range(3):
+                inner.step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = inner.step()
+    torch.cuda.current_stream().wait_stream(stream)
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return outputs
+
+    return Prepared(replay, inner.backend, inner.choice, inner.step)
+
+
+def _anywhere(device: torch.device) -> None:
+    return None
+
+
+def _needs_compiler(device: torch.device) -> str | None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton, which isn't installed"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    return None
+
+
+def _needs_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"CUDA graphs don't exist on {device.type}"
+
+
+def _needs_backend(name: str, device: torch.device) -> str | None:
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set, and an interpreter's time says nothing of a kernel's"
+    try:
+        resolve(name, device.type)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _table() -> dict[str, Provider]:
+    bind = functools.partial
+    ours = bind(_ours, "auto")
+    table = {
+        "eager": Provider(_plain, _anywhere),
+        "cleaned": Provider(bind(_ours, "reference"), _anywhere),
+        "compile": Provider(bind(_compiled, False, None), _needs_compiler),
+        "compile-max-autotune": Provider(
+            bind(_compiled, False, "max-autotune"),
+            lambda device: _needs_cuda(device) or _needs_compiler(device),
+        ),
+        "eager-graph": Provider(bind(_graphed, _plain), _needs_cuda),
+        "fused": Provider(ours, _anywhere),
+        "fused-compile": Provider(bind(_compiled, True, None), _needs_compiler),
+        "fused-graph": Provider(bind(_graphed, ours), _needs_cuda),
+    }
+    for name in ef.backends():
+        if name != "reference":  # that is "cleaned"
+            table[name] = Provider(bind(_ours, name), bind(_needs_backend, name))
+    return table
+
+
+PROVIDERS = _table()
+
+
+def defaults(device: torch.device, scope: str) -> list[str]:
+    """Everything that can run here and that isn't the same as another one.
+
+    The compiler and the package's backends are named also where they can't: the run says why.
+    """
+    # The tail by itself leaves nothing for the compiler to do around the operator.
+    doubles = {ran("auto", device)} | ({"fused-compile"} if scope == "tail" else set())
+    return [
+        name
+        for name, provider in PROVIDERS.items()
+        if name not in doubles
+        and (name in ("compile", *ef.backends()) or provider.unavailable(device) is None)
+    ]

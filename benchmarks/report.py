@@ -1,0 +1,168 @@
+"""What comes out: rows to a CSV, to one table and to one plot. Nothing here measures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Row = Mapping[str, object]
+Point = TypeVar("Point", bound=tuple[Any, ...])
+
+COLUMNS = (
+    "scope", "mode", "stage", "batch", "dtype", "layout", "cache", "input", "provider", "backend",
+    "ms_p20", "ms_p50", "ms_p80", "samples", "clock", "speedup", "tie", "necessary_bytes", "gbps",
+    "copy_gbps", "percent_of_copy", "peak_extra_bytes", "max_error", "error_bound", "ok", "note",
+    "device", "driver", "python", "torch", "triton", "cuda", "cudnn", "epsanet_fused", "threads",
+)  # fmt: skip
+AXES = ("mode", "batch", "dtype", "layout", "cache")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of the file or none of it, whatever happens meanwhile."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="raise")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def label(row: Row, varying: Sequence[str]) -> str:
+    """A case in words: its stage, and what of its settings varies in this run."""
+    names = [str(row["stage"]), *(f"{axis}={row[axis]}" for axis in varying if axis != "mode")]
+    return " ".join([*names, *(str(row["mode"]) for axis in varying if axis == "mode")])
+
+
+def varying_axes(rows: Sequence[Row]) -> list[str]:
+    return [axis for axis in AXES if len({str(row[axis]) for row in rows}) > 1]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, one per case and provider."""
+    varying = varying_axes(rows)
+    cells = [
+        ("case", "provider", "runs", "ms p50", "[p20, p80]", "vs eager", "peak MB", "max error",
+         "bound"),
+        *(_cells(row, label(row, varying)) for row in rows),
+    ]  # fmt: skip
+    return align(cells, left=3, by=0)
+
+
+def align(cells: Sequence[Sequence[str]], left: int, by: int | None = None) -> str:
+    """Columns of equal width, the first ``left`` flush left, under a heading; a rule wherever
+    column ``by`` changes."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines: list[str] = []
+    for i, row in enumerate(cells):
+        if i == 1 or (i > 1 and by is not None and row[by] != cells[i - 1][by]):
+            lines.append(rule)
+        parts = [
+            cell.ljust(w) if k < left else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(row: Row, case: str) -> tuple[str, ...]:
+    head = (case, str(row["provider"]), str(row["backend"]))
+    check = (_number(row["max_error"], "{:.1e}"), _number(row["error_bound"], "{:.1e}"))
+    if row["ms_p50"] == "":
+        return (*head, "not timed", "", "", "", *check)
+    peak = row["peak_extra_bytes"]
+    return (
+        *head,
+        _number(row["ms_p50"], "{:.3f}"),
+        f"[{_number(row['ms_p20'], '{:.3f}')}, {_number(row['ms_p80'], '{:.3f}')}]",
+        _number(row["speedup"], "{:.2f}x") + (" tie" if row["tie"] in (True, "True") else ""),
+        "" if peak == "" else _number(float(str(peak)) / 1e6, "{:.2f}"),
+        *check,
+    )
+
+
+def _number(value: object, form: str) -> str:
+    return "" if value == "" else form.format(float(str(value)))
+
+
+def plot(path: Path, rows: Sequence[Row], title: str) -> bool:
+    """Grouped bars of the median on a log scale, whiskers from p20 to p80.
+
+    Returns:
+        False if matplotlib isn't installed, and then there is no plot.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return False
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if row["ms_p50"] != ""]
+    varying = varying_axes(timed)
+    cases = list(dict.fromkeys(label(row, varying) for row in timed))
+    providers = list(dict.fromkeys(str(row["provider"]) for row in timed))
+    figure, axes = plt.subplots(figsize=(max(7.0, 1.6 * len(cases)), 4.5))
+    width = 0.8 / max(1, len(providers))
+    for i, provider in enumerate(providers):
+        _bars(
+            axes, [r for r in timed if r["provider"] == provider], cases, varying, i * width, width
+        )
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(cases))], cases)
+    if varying:
+        axes.tick_params("x", labelrotation=30)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per call (median, p20 to p80)")
+    axes.set_title(title, fontsize=9)
+    if timed:
+        axes.legend(fontsize=8)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    write_atomically(path, data.getvalue())
+    return True
+
+
+def _bars(axes, rows: Sequence[Row], cases, varying, offset: float, width: float) -> None:
+    places = [cases.index(label(row, varying)) + offset for row in rows]
+    low, mid, high = ([float(str(r[f"ms_{p}"])) for r in rows] for p in ("p20", "p50", "p80"))
+    spread = [[m - x for m, x in zip(mid, low, strict=True)],
+              [x - m for m, x in zip(mid, high, strict=True)]]  # fmt: skip
+    axes.bar(places, mid, width, yerr=spread, capsize=2, label=str(rows[0]["provider"]))
+
+
+def progress(points: Sequence[Point]) -> Iterator[tuple[int, Point]]:
+    """The points, numbered, with a sign of life on stderr for each."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        for i, point in enumerate(points):
+            print(f"[{i + 1}/{len(points)}] {' '.join(map(str, point))}", file=sys.stderr)
+            yield i, point
+        return
+    with tqdm(points, file=sys.stderr, unit="case") as bar:
+        for i, point in enumerate(bar):
+            bar.set_description(" ".join(map(str, point)))
+            yield i, point
