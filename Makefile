@@ -4,13 +4,13 @@ VENV := .venv
 READY := $(VENV)/.ready
 OUT ?= out
 
-.PHONY: bench test test-gpu gpu-check digits lint clean
+.PHONY: bench test gpu-check digits lint clean
 
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/bench_psa.py --out $(OUT)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu
+	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile
 
 digits: $(READY)
 	$(VENV)/bin/python recipes/digits.py --out $(OUT)

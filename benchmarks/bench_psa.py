@@ -220,8 +220,9 @@ def run(args: argparse.Namespace) -> int:
 
 def title(bench: Bench) -> str:
     args, env = bench.args, bench.environment
-    varied = (args.mode, args.batch, args.dtype, args.layout)
-    fixed = [str(values[0]) for values in varied if len(values) == 1]
+    batches = [f"batch {batch}" for batch in args.batch]
+    varied = (args.mode, batches, args.dtype, args.layout)
+    fixed = [values[0] for values in varied if len(values) == 1]
     machine = f"{env['device']}, torch {env['torch']}, threads {env['threads']}"
     return f"PSA {args.scope}, {', '.join(fixed)}\n{machine}"
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
+from scripts import BENCHMARKS
 
 # Triton decides on import whether its kernels are interpreted, which is how they run on a CPU.
 # The tests in tests/gpu are started with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores already
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +27,18 @@ def _poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a benchmark's module as its sibling scripts do: by its folder on the path."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives back the number of threads, which the benchmarks set for their process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

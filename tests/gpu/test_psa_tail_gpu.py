@@ -218,14 +218,14 @@ def test_the_whole_network_in_training(fused: str) -> None:
     for out in logits.values():
         out.square().mean().backward()
     assert_accurate([logits["fused"]], [logits["exact"]], [logits["plain"]])
-    triples = zip(model.parameters(), exact.parameters(), plain.parameters(), strict=True)
-    # The network amplifies rounding; norms, since one element's luck says little.
-    errors = [
-        ((a.grad - e.grad).norm().item(), (p.grad - e.grad).norm().item(), e.grad.norm().item())
-        for a, e, p in triples
-    ]
-    for mine, same, size in errors:
-        assert mine <= 2 * same + 1e-5 * size
+    # Of all gradients together: a ReLU within a rounding of 0 makes single ones jump.
+    exact_grads = flat_gradients(exact)
+    limit = 2 * (flat_gradients(plain) - exact_grads).norm() + 1e-5 * exact_grads.norm()
+    assert (flat_gradients(model) - exact_grads).norm() <= limit
+
+
+def flat_gradients(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
 
 def test_plain_tail_is_what_it_is_compared_with() -> None:

@@ -1,0 +1,183 @@
+"""Checkpoints of the official training script load; what doesn't fit changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import epsanet_fused as ef
+
+State = dict[str, Tensor]
+
+
+def make_model() -> ef.EPSABlock:
+    return ef.EPSABlock(16, 64, downsample=nn.Conv2d(16, 256, 1))
+
+
+@pytest.fixture
+def state() -> State:
+    """Of a trained model: no value is what a new one begins with."""
+    model = make_model()
+    model(torch.randn(2, 16, 4, 4))  # moves the running statistics
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    return model.state_dict()
+
+
+def prefixed(state: State) -> State:
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+def official(state: State) -> dict[str, Any]:
+    """As the authors' script saves: a DataParallel model, the best accuracy as a tensor, SGD."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.sum().backward()
+    optimizer.step()
+    return {
+        "epoch": 120,
+        "arch": "epsanet50",
+        "state_dict": prefixed(state),
+        "best_prec1": torch.tensor(77.49),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def assert_holds(model: nn.Module, state: State) -> None:
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_official_layout(tmp_path: Path, state: State, is_zip: bool) -> None:
+    path, model = tmp_path / "model.pth.tar", make_model()
+    torch.save(official(state), path, _use_new_zipfile_serialization=is_zip)
+    rest = ef.load_checkpoint(model, path)
+    assert_holds(model, state)
+    assert list(rest) == ["epoch", "arch", "best_prec1", "optimizer"]
+    assert (rest["epoch"], rest["arch"]) == (120, "epsanet50")
+    assert rest["best_prec1"].item() == pytest.approx(77.49)
+    assert torch.equal(rest["optimizer"]["state"][0]["momentum_buffer"], torch.ones(2))
+
+
+@pytest.mark.parametrize("is_prefixed", [False, True], ids=["plain", "module."])
+def test_bare_state_dict(tmp_path: Path, state: State, is_prefixed: bool) -> None:
+    path, model = tmp_path / "state.pt", make_model()
+    torch.save(prefixed(state) if is_prefixed else state, path)
+    assert ef.load_checkpoint(model, str(path)) == {}
+    assert_holds(model, state)
+
+
+def test_loads_into_plain_and_fused_alike(tmp_path: Path) -> None:
+    plain, fused = (
+        ef.EPSANet(ef.EPSABlock, (1, 1, 1, 1), 5, planes=(64,) * 4, fused=fused).eval()
+        for fused in (False, True)
+    )
+    torch.save(official(plain.state_dict()), tmp_path / "checkpoint.pt")
+    ef.load_checkpoint(fused, tmp_path / "checkpoint.pt")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fused(images), plain(images))
+
+
+def without_key(state: State) -> None:
+    del state["conv2.conv_2.weight"]
+
+
+def with_more(state: State) -> None:
+    state["conv2.conv_5.weight"] = torch.zeros(1)
+
+
+def with_other_shape(state: State) -> None:
+    state["conv3.weight"] = torch.zeros(256, 32, 1, 1)
+
+
+def with_all_three(state: State) -> None:
+    without_key(state)
+    with_more(state)
+    with_other_shape(state)
+
+
+def without_any(state: State) -> None:
+    state.clear()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (without_key, r"missing conv2\.conv_2\.weight$"),
+        (with_more, r"unexpected conv2\.conv_5\.weight$"),
+        (
+            with_other_shape,
+            r"conv3\.weight is \(256, 32, 1, 1\), the model's \(256, 64, 1, 1\)$",
+        ),
+        (with_all_three, r"missing conv2\S+; unexpected conv2\S+; conv3\.weight is"),
+        (without_any, "must hold a state_dict"),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(
+    tmp_path: Path, state: State, spoil: Callable[[State], None], says: str
+) -> None:
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    spoil(state)
+    torch.save(official(state), tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=says):
+        ef.load_checkpoint(model, tmp_path / "checkpoint.pt")
+    assert_holds(model, before)
+
+
+def test_error_names_the_file_and_stays_short(tmp_path: Path, state: State) -> None:
+    torch.save({f"other.{key}": value for key, value in state.items()}, tmp_path / "other.pt")
+    more = 2 * len(state) - 6
+    with pytest.raises(ValueError, match=rf"other\.pt does not fit the model: .* and {more} more$"):
+        ef.load_checkpoint(make_model(), tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([1, 2], "must hold a dict, got list"),
+        (torch.zeros(2), "must hold a dict, got Tensor"),
+        ({}, "must hold a state_dict"),
+        ({"epoch": 3, "arch": "epsanet50"}, r"found the keys \['arch', 'epoch'\]"),
+        ({"state_dict": [torch.zeros(2)]}, r"found the keys \['state_dict'\]"),
+        ({"state_dict": {"conv1.weight": 3}}, "must hold a state_dict"),
+        ({"state_dict": {1: torch.zeros(2)}}, "must hold a state_dict"),
+    ],
+    ids=str,
+)
+def test_refuses_what_holds_no_state_dict(tmp_path: Path, content: Any, says: str) -> None:
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=says):
+        ef.load_checkpoint(make_model(), tmp_path / "file.pt")
+
+
+class Attack:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_runs_no_code_from_the_file(tmp_path: Path, state: State, is_zip: bool) -> None:
+    content = {"state_dict": state, "epoch": Attack(tmp_path / "attacked")}
+    torch.save(content, tmp_path / "evil.pt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(UnpicklingError):
+        ef.load_checkpoint(make_model(), tmp_path / "evil.pt")
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        ef.load_checkpoint(make_model(), tmp_path / "none.pt")
