@@ -45,6 +45,16 @@ def test_splits_cover_every_pixel_once() -> None:
                 assert not (cut.fold_gate and cut.splits > 1)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16, 160_000), (2, 16, 66_800), (1, 64, 262_144)], ids=str)
+def test_a_few_large_images_keep_a_card_busy(
+    shape: tuple[int, int, int], channels_last: bool
+) -> None:
+    B, C, HW = shape
+    cut = config.sum_config(B, 4, C, HW, 2, channels_last, False, False)
+    assert B * cut.splits * -(-C // cut.block_c) >= 256
+
+
 def test_dense_inputs_are_not_copied() -> None:
     """What the kernels read is the caller's memory, in either format and as slices of either."""
     x = torch.randn(2, 12, 6, 8)

@@ -8,7 +8,7 @@ DIV is a power of two that divides the inner extent (pixels for NCHW, channels f
 and all strides but the inner one. Those arguments come divided by it: multiplied here by a
 constant, they tell the compiler how wide it may load (196 pixels: four at a time).
 
-Loops over the S branches are unrolled, so that each program has S independent loads in flight.
+Loops over the S branches are unrolled: a recalibrating program has S independent loads in flight.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def _tile_offsets(b, c, p, strides, DIV: tl.constexpr, CHANNELS_LAST: tl.constex
     c = c.to(tl.int64)[:, None]
     p = p.to(tl.int64)[None, :]
     if CHANNELS_LAST:
-        return batch + c * strides[1] + p * (strides[2] * DIV)
+        return batch + c * strides[1] + p * strides[2] * DIV
     else:
-        return batch + c * (strides[1] * DIV) + p * strides[2]
+        return batch + c * strides[1] * DIV + p * strides[2]
 
 
 @triton.jit

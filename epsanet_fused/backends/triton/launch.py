@@ -163,7 +163,7 @@ def _pixels_in_a_run(x: Tensor) -> Tensor:
     H, W = x.shape[2:]
     if H == 1 or W == 1 or x.stride(2) == W * x.stride(3):
         return x
-    return x.contiguous()
+    return x.contiguous(memory_format=output_format([x]))
 
 
 def _strides(x: Tensor) -> Strides:
