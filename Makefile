@@ -10,7 +10,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/bench_psa.py --out $(OUT)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile --timeout 600
 
 digits: $(READY)
 	$(VENV)/bin/python recipes/digits.py --out $(OUT)

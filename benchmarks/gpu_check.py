@@ -40,7 +40,8 @@ NO_GPU = 2
 
 
 class Outcome(NamedTuple):
-    """How a step ended. ``status`` is "passed", "FAILED", "OUT OF TIME" or "skipped"."""
+    """How a step ended: "passed", "FAILED", "skipped"; or, killed at the end of its time,
+    "INCOMPLETE" for a measurement and "OUT OF TIME" for a check."""
 
     name: str
     status: str
@@ -65,7 +66,7 @@ def execute(step: Step, seconds: float, log: Path) -> Outcome:
             interrupt(process)
         finally:
             kill_group(process)
-    return outcome(step.name, code, time.perf_counter() - began)
+    return outcome(step, code, time.perf_counter() - began)
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
@@ -82,10 +83,13 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def outcome(name: str, code: int | None, seconds: float) -> Outcome:
+def outcome(step: Step, code: int | None, seconds: float) -> Outcome:
     """What an exit status means; None stands for a step that had to be killed."""
+    name = step.name
     if code is None:
-        return Outcome(name, "OUT OF TIME", seconds, "killed; what it had written is kept")
+        measures = step.own_deadline and name not in SANITIZERS
+        status = "INCOMPLETE" if measures else "OUT OF TIME"
+        return Outcome(name, status, seconds, "killed; what it had written is kept")
     if code == 0:
         return Outcome(name, "passed", seconds, "")
     notes = {5: "no GPU test was found"} if name == "tests" else {9: "errors found, see log.txt"}
@@ -154,8 +158,12 @@ def _figure(text: str, unit: str) -> str:
 
 
 def everything_passed(outcomes: Sequence[Outcome], rows: Sequence[dict[str, str]]) -> bool:
-    """Killed or failed steps and wrong results count; a tool that isn't installed doesn't."""
-    return bool(rows) and all(o.status in ("passed", "skipped") for o in outcomes)
+    """Failed steps and wrong results count, and tests or sanitizers that were killed.
+
+    A tool that isn't installed doesn't, nor a measurement that found no time: the table says so.
+    """
+    harmless = {"passed", "skipped", "INCOMPLETE"}
+    return bool(rows) and all(o.status in harmless for o in outcomes)
 
 
 def run(out: Path, scratch: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -130,7 +132,9 @@ def _graphed(
     stream.wait_stream(torch.cuda.current_stream())
     # All on one stream: autograd runs a node's backward on the stream of its forward.
     with torch.cuda.stream(stream):
-        inner = prepare(workload, mode, autocast)
+        # Leaves of its own: those that another provider's graph still holds accumulate on that
+        # one's stream, which a capture can't wait for.
+        inner = prepare(_own_copy(workload), mode, autocast)
         with ef.use_backend(inner.choice):
             for _ in range(3):
                 inner.step()
@@ -144,6 +148,12 @@ def _graphed(
         return outputs
 
     return Prepared(replay, inner.backend, inner.choice, inner.step)
+
+
+def _own_copy(workload: Workload) -> Workload:
+    inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in workload.inputs)
+    literal, fused = copy.deepcopy((workload.literal, workload.fused))
+    return dataclasses.replace(workload, literal=literal, fused=fused, inputs=inputs)
 
 
 def _anywhere(device: torch.device) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch.fx
 from torch import Tensor, nn
 
 from epsanet_fused.ops import psa_tail
 from epsanet_fused.reference import PSAModule
+
+torch.fx.wrap("psa_tail")  # symbolic tracing takes the operator as a whole
 
 _CONVS = ("conv_1", "conv_2", "conv_3", "conv_4")
 

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from epsanet_fused.backends import chosen, reference, resolve
 from epsanet_fused.checks import check_psa_tail
 from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
+
+_ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
 
 _library = torch.library.Library("epsanet_fused", "DEF")
 _library.define(
@@ -64,6 +67,7 @@ def psa_tail(
         TypeError: for what is no tensor, or of a dtype that isn't accepted.
         ValueError: for shapes and devices that don't fit, or an epilogue where a gradient is due.
         RuntimeError: if the backend asked for can't run on these tensors.
+        NotImplementedError: for second derivatives and forward-mode differentiation.
 
     Differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
     """
@@ -72,7 +76,17 @@ def psa_tail(
     name = chosen()
     if name == "reference":
         return reference.forward(branches, *fc, scale, shift, relu)[0]
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode([*branches, *fc])
     return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
+
+
+def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
+    """torch.library has no forward mode; without a word, tangents would be lost."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(f"psa_tail has no forward-mode derivative; {_ADVICE}")
 
 
 @torch.library.impl(_library, "psa_tail", "CompositeExplicitAutograd")
@@ -135,10 +149,7 @@ def _autograd(ctx, grad, _grad_squeeze, _grad_attention):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "psa_tail is differentiable once; for higher orders run the forward under "
-        "epsanet_fused.use_backend('reference')"
-    )
+    raise NotImplementedError(f"psa_tail is differentiable once; {_ADVICE}")
 
 
 torch.library.register_autograd(

@@ -69,12 +69,14 @@ def evaluate(
 
 
 def _copy(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy with t's strides, so that slices, permutations and expansions stay what they are."""
+    """A copy with t's strides and alignment: slices, permutations, expansions stay what they are."""
     if t.numel() == 0:
         return t.detach().to(dtype or t.dtype, copy=True)
     size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    memory = t.detach().as_strided((size,), (1,)).to(dtype or t.dtype, copy=True)
-    return memory.as_strided(t.shape, t.stride())
+    offset = t.storage_offset() % 16  # as misaligned as t is
+    memory = torch.empty(offset + size, dtype=dtype or t.dtype, device=t.device)
+    memory[offset:].copy_(t.detach().as_strided((size,), (1,)))
+    return memory.as_strided(t.shape, t.stride(), offset)
 
 
 def max_error(result: Tensor, oracle: Tensor) -> float:

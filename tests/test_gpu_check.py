@@ -153,3 +153,16 @@ def test_smi_is_only_ever_queried(bench, monkeypatch, tmp_path):
     for line in asked.read_text().splitlines():
         query, form = line.split()
         assert query.startswith("--query-gpu=") and form == "--format=csv,noheader"
+
+
+def test_a_measurement_that_found_no_time_is_no_failed_check(bench):
+    gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
+    passed = gpu_check.outcome(gpu_plan.Step("tests", (), 1, False), 0, 1.0)
+    rows = [{"provider": "fused"}]
+    for name, own_deadline, harmless in (
+        ("module", True, True),
+        ("memcheck", True, False),
+        ("tests", False, False),
+    ):
+        killed = gpu_check.outcome(gpu_plan.Step(name, (), 1, own_deadline), None, 1.0)
+        assert gpu_check.everything_passed([passed, killed], rows) == harmless, name

@@ -190,3 +190,11 @@ def test_refuses_what_cannot_be_built(
 def test_se_refuses_a_hidden_width_of_zero(channels: int, reduction: int) -> None:
     with pytest.raises(ValueError, match=r"more channels or a smaller reduction"):
         ef.SEWeightModule(channels, reduction)
+
+
+def test_symbolic_tracing_takes_the_operator_as_a_whole() -> None:
+    fused = ef.FusedPSAModule(64, 64)
+    traced = torch.fx.symbolic_trace(fused)
+    assert "psa_tail" in {node.name for node in traced.graph.nodes}
+    x = torch.randn(1, 64, 6, 5)
+    assert torch.equal(traced(x), fused(x))

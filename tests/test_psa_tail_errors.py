@@ -178,3 +178,27 @@ def test_a_second_derivative_is_refused_with_the_way_to_get_one() -> None:
     (first, *_) = torch.autograd.grad(out.square().sum(), branches, create_graph=True)
     with pytest.raises(NotImplementedError, match="use_backend\\('reference'\\)"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("which", ["a branch", "a weight"])
+def test_forward_mode_is_refused_with_the_way_to_get_it(which: str) -> None:
+    """A tangent must not get lost in silence."""
+    case = make_case(GOOD)
+    target = case.branches[1] if which == "a branch" else case.fc[2]
+
+    def tail(x: torch.Tensor) -> torch.Tensor:
+        branches, fc = list(case.branches), list(case.fc)
+        if which == "a branch":
+            branches[1] = x
+        else:
+            fc[2] = x
+        return ef.psa_tail(branches, *fc)
+
+    tangent = torch.ones_like(target)
+    with pytest.raises(NotImplementedError, match="forward-mode.*use_backend\\('reference'\\)"):
+        torch.func.jvp(tail, (target,), (tangent,))
+    with ef.use_backend("reference"):
+        _, by_jvp = torch.func.jvp(tail, (target,), (tangent,))
+        step = 1e-3
+        by_difference = (tail(target + step * tangent) - tail(target - step * tangent)) / (2 * step)
+    torch.testing.assert_close(by_jvp, by_difference, rtol=1e-2, atol=1e-3)

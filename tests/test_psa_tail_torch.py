@@ -93,8 +93,6 @@ def test_the_reference_backend_works_with_torch_func() -> None:
     torch.testing.assert_close(by_func, by_autograd)
 
 
-# Inductor's own import, on this torch.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_without_a_graph_break(backend: str, compiler: str, dynamic: bool) -> None:

@@ -73,20 +73,27 @@ def test_strides_keep_their_divisor() -> None:
     assert problem.strides == ((147, 49, 1), (147, 49, 1), (294, 49, 1))
 
 
-def test_offsets_beyond_32_bits() -> None:
-    """A sample that starts further than 2**31 elements into its tensor is read from there."""
+@pytest.mark.parametrize("far", ["sample", "channel"])
+def test_offsets_beyond_32_bits(far: str) -> None:
+    """What starts further than 2**31 elements into its tensor is read from there."""
     step = 2**31 + 64
+    strides = (step, 16, 4, 1) if far == "sample" else (16, step, 4, 1)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pages not touched cost nothing
     try:
-        memory = torch.empty(step + 24, dtype=torch.float16)
+        memory = torch.empty(step + 64, dtype=torch.float16)
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
-    case = make_case(Shape(2, 2, 4, 2, 3, 1), torch.float16)
-    far = memory.as_strided((2, 4, 2, 3), (step, 6, 3, 1)).copy_(case.branches[0])
-    leaf = far.requires_grad_()
+    case = make_case(Shape(2, 2, 2, 4, 4, 1), torch.float16)
+    leaf = memory.as_strided((2, 2, 4, 4), strides).copy_(case.branches[0]).requires_grad_()
     with ef.use_backend("triton"):
         out = ef.psa_tail([leaf, case.branches[1]], *case.fc)
         (grad,) = torch.autograd.grad(out, leaf, case.grad)
         near = evaluate(ef.psa_tail, *case)
     assert torch.equal(out, near[0])
     assert torch.equal(grad, near[1])
+
+
+def test_an_image_of_too_many_pixels_is_refused() -> None:
+    x = torch.empty(1).expand(1, 2, 2**16, 2**15)
+    with pytest.raises(ValueError, match=r"H \* W < 2\*\*31, got 65536 x 32768"):
+        launch.problem([x, x], torch.empty(1).expand(1, 4, 2**16, 2**15))

@@ -66,7 +66,8 @@ def use_backend(name: str) -> Iterator[None]:
             operator out of the way altogether: plain PyTorch, which autograd differentiates to any
             order and torch.func transforms. Any other backend raises an error where it can't run.
 
-    The choice is the process's, not the thread's. The environment variable EPSANET_FUSED_BACKEND
+    The choice is the process's, not the thread's: don't open such blocks in several threads at a
+    time. The environment variable EPSANET_FUSED_BACKEND
     sets it from outside.
 
     Raises:

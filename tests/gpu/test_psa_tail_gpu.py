@@ -24,11 +24,13 @@ from epsanet_fused.oracle import evaluate, plain_tail
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
-    # Poisoned memory asks for deterministic algorithms; cuBLAS and cuDNN may have none.
-    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),
+    # Time on a card is precious: no library's warning may cost a result. Our own still does.
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("error:epsanet_fused:RuntimeWarning"),
 ]
 BACKENDS = [name for name, status in ef.backends().items() if status.available]
 FUSED = [name for name in BACKENDS if name not in ("reference", "cpu")]
+STAGES = ("S1", "S2", "S3", "S4")
 BATCHES = {"batch 1": 1, "batch 32": 32, "batch 128": 128}
 
 
@@ -48,13 +50,21 @@ def on_card(shape: Shape, dtype: str = "fp16", layout: str = "nchw") -> Case:
     return make_case(shape, DTYPES[dtype], LAYOUTS[layout], device="cuda")
 
 
-@pytest.mark.parametrize(("shape", "dtype", "layout"), accuracy_cases())
+# Each kernel costs seconds to compile: the stages in full, odd shapes in two combinations.
+CASES = [
+    case
+    for case in accuracy_cases()
+    if case[0] in STAGES or case[1:] in (("fp32", "nchw"), ("bf16", "channels_last"))
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout"), CASES)
 def test_matches_the_oracle(backend: str, shape: str, dtype: str, layout: str) -> None:
     case = on_card(SHAPES[shape], dtype, layout)
     assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
 
 
-@pytest.mark.parametrize("stage", ["S1", "S2", "S3", "S4"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_matches_the_oracle_at_real_batches(
@@ -164,14 +174,17 @@ def test_compiles_without_a_graph_break(fused: str, dynamic: bool) -> None:
 
 
 def test_more_than_two_to_the_31_elements(fused: str) -> None:
-    """An output of 2**31 + elements: the last sample is right, and so is its gradient."""
+    """An output of 2**31 + elements: the last sample is right, and so is its gradient.
+
+    In bfloat16: float16 can't hold the sums over so many pixels that plain PyTorch rounds to it.
+    """
     shape = Shape(11, 4, 64, 875, 875, 4)  # 2.16e9 elements, 4.3 GB in 16 bits
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of free memory")
     B, S, C, H, W, R = shape
     # Sample by sample, so that neither the host nor the oracle holds all of it.
-    branches = [torch.randn(B, C, H, W, device="cuda", dtype=torch.float16) for _ in range(S)]
-    fc = [t.cuda() for t in make_case(Shape(1, S, C, 1, 1, R), torch.float16).fc]
+    branches = [torch.randn(B, C, H, W, device="cuda", dtype=torch.bfloat16) for _ in range(S)]
+    fc = [t.cuda() for t in make_case(Shape(1, S, C, 1, 1, R), torch.bfloat16).fc]
     leaves = [x.requires_grad_() for x in branches]
     out = ef.psa_tail(leaves, *fc)
     grads = torch.autograd.grad(out, leaves, out.detach())
@@ -214,9 +227,10 @@ def test_the_whole_network_in_training(fused: str) -> None:
     x = torch.randn(8, 3, 96, 96, device="cuda")
     exact = ef.epsanet50(num_classes=10, fused=False).cuda().double()
     exact.load_state_dict(plain.state_dict())
-    logits = {"fused": model(x), "plain": plain(x), "exact": exact(x.double())}
-    for out in logits.values():
-        out.square().mean().backward()
+    with torch.backends.cudnn.flags(allow_tf32=False):  # or its rounding would hide any other
+        logits = {"fused": model(x), "plain": plain(x), "exact": exact(x.double())}
+        for out in logits.values():
+            out.square().mean().backward()
     assert_accurate([logits["fused"]], [logits["exact"]], [logits["plain"]])
     # Of all gradients together: a ReLU within a rounding of 0 makes single ones jump.
     exact_grads = flat_gradients(exact)

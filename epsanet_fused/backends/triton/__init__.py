@@ -26,6 +26,8 @@ def unavailable(device_type: str) -> str | None:
         return f"triton fails to import: {type(error).__name__}: {error}"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
+    if device_type == "cuda" and kernels.INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, which is for tests on a CPU"
     if device_type == "cuda" or (device_type == "cpu" and kernels.INTERPRETED):
         return None
     if device_type == "cpu":

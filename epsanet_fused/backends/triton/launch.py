@@ -44,6 +44,8 @@ class Problem(NamedTuple):
 def problem(parts: Sequence[Tensor], cat: Tensor) -> Problem:
     """Collect what the kernels need to know; parts whose H and W are no one run are copied."""
     _, C, H, W = parts[0].shape
+    if H * W >= 2**31:
+        raise ValueError(f"psa_tail: the triton backend takes H * W < 2**31, got {H} x {W}")
     channels_last = output_format(parts) == torch.channels_last
     *parts, cat = (_pixels_in_a_run(x) for x in (*parts, cat))
     strides = [_strides(x) for x in (*parts, cat)]

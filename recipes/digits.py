@@ -1,0 +1,308 @@
+"""Train a small EPSANet twice on real digits, plain and fused: the two runs must agree.
+
+    python recipes/digits.py --out out
+
+The data are scikit-learn's 1,797 scanned digits of 8x8 pixels, scaled up to 24x24; a fixed quarter
+of them, stratified by class, is held out. The network is an EPSANet of four blocks, with the
+kernels and groups of the paper. Both trainings start from one seed and see the same batches in the
+same order; one is built of ``PSAModule``, the other of ``FusedPSAModule``.
+
+Needs the packages of ``pip install epsanet-fused[bench]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import epsanet_fused as ef
+
+DTYPE = torch.float64
+TOLERANCE = 1e-6
+SIDE = 24
+BATCH = 64
+TEST_IMAGES = 450
+TRAIN_IMAGES = 1797 - TEST_IMAGES
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
+
+
+class Data(NamedTuple):
+    """Images (N, 3, 24, 24) and their labels (N,)."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+class Curve(NamedTuple):
+    """What a training leaves: the loss of every step, the test accuracy after every epoch."""
+
+    losses: list[float]
+    accuracies: list[float]
+    seconds: float
+
+
+def load_data(count: int, device: torch.device) -> Data:
+    """The first ``count`` images of the training split, and the whole test split."""
+    digits = load_digits()
+    labels = torch.tensor(digits.target)
+    train_ids, test_ids = train_test_split(
+        range(len(labels)), test_size=TEST_IMAGES, stratify=digits.target, random_state=0
+    )
+    train_ids = train_ids[:count]
+    images = torch.tensor(digits.images, dtype=DTYPE)[:, None]  # (N, 1, 8, 8)
+    images = (images - images[train_ids].mean()) / images[train_ids].std()
+    images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear")
+    images, labels = images.repeat(1, 3, 1, 1).to(device), labels.to(device)
+    return Data(images[train_ids], labels[train_ids], images[test_ids], labels[test_ids])
+
+
+def build(fused: bool, seed: int, device: torch.device) -> ef.EPSANet:
+    """One block a stage; one seed gives the plain and the fused network the same weights."""
+    torch.manual_seed(seed)
+    planes = (64, 64, 64, 64)
+    model = ef.EPSANet(ef.EPSABlock, (1, 1, 1, 1), 10, planes=planes, reduction=4, fused=fused)
+    return model.to(device, DTYPE)
+
+
+def train(model: nn.Module, data: Data, epochs: int, seed: int, name: str) -> Curve:
+    """SGD with a warm-up and a cosine; the order of the images depends on the seed alone."""
+    start = time.perf_counter()
+    count = len(data.train_labels)
+    # A last batch of a few images is left out: its batch statistics would be mostly noise.
+    batches = count // BATCH
+    optimizer = torch.optim.SGD(
+        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(epochs * batches))
+    order = torch.Generator().manual_seed(seed)
+    losses, accuracies = [], []
+    for _ in _progress(range(epochs), name):
+        model.train()
+        for batch in torch.randperm(count, generator=order).split(BATCH)[:batches]:
+            loss = F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        accuracies.append(accuracy(model, data.test_images, data.test_labels))
+    return Curve(losses, accuracies, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images to which the model, in eval mode, gives their label."""
+    model.eval()
+    return (model(images).argmax(1) == labels).double().mean().item()
+
+
+def _warm_cosine(steps: int) -> Callable[[int], float]:
+    warm = max(1, steps // 5)
+    return lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _progress(epochs: range, name: str) -> Iterable[int]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for epoch in epochs:
+            print(f"{name}: epoch {epoch + 1} of {len(epochs)}", file=sys.stderr, flush=True)
+            yield epoch
+    else:
+        yield from tqdm(epochs, desc=name, unit="epoch")
+
+
+def largest_difference(plain: Curve, fused: Curve) -> float:
+    """Between the losses of any step; NaN if any loss is."""
+    pairs = zip(plain.losses, fused.losses, strict=True)
+    return torch.tensor([abs(a - b) for a, b in pairs], dtype=DTYPE).max().item()
+
+
+def complaints(plain: Curve, fused: Curve, min_accuracy: float) -> list[str]:
+    """Why the two runs don't pass; empty if they do."""
+    found = []
+    if not (difference := largest_difference(plain, fused)) <= TOLERANCE:  # NaN is no agreement
+        found.append(f"the losses differ by {difference:.1e}, more than {TOLERANCE:.0e}")
+    if plain.accuracies != fused.accuracies:
+        found.append(f"the accuracies differ: {plain.accuracies} and {fused.accuracies}")
+    for name, curve in (("plain", plain), ("fused", fused)):
+        if curve.accuracies[-1] <= min_accuracy:
+            found.append(
+                f"{name}: the test accuracy is {curve.accuracies[-1]:.2%}, "
+                f"not above {min_accuracy:.2%}"
+            )
+    return found
+
+
+def table(plain: Curve, fused: Curve) -> str:
+    """Mean losses, largest difference and test accuracies, a line an epoch."""
+    lines = [
+        "        mean loss           largest     test accuracy",
+        "epoch   plain     fused     difference  plain     fused",
+    ]
+    epochs = len(plain.accuracies)
+    batches = len(plain.losses) // epochs
+    for e in range(epochs):
+        p, f = (
+            Curve(c.losses[e * batches : (e + 1) * batches], c.accuracies[e : e + 1], 0.0)
+            for c in (plain, fused)
+        )
+        lines.append(
+            f"{e + 1:5}   {sum(p.losses) / batches:.6f}  {sum(f.losses) / batches:.6f}  "
+            f"{largest_difference(p, f):<10.1e}  {p.accuracies[0]:<8.2%}  {f.accuracies[0]:.2%}"
+        )
+    return "\n".join(lines)
+
+
+def curves_csv(plain: Curve, fused: Curve) -> bytes:
+    """A row a step; the accuracies in the last row of each epoch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ("step", "epoch", "plain_loss", "fused_loss", "plain_test_accuracy", "fused_test_accuracy")
+    )
+    batches = len(plain.losses) // len(plain.accuracies)
+    for i, losses in enumerate(zip(plain.losses, fused.losses, strict=True)):
+        e, is_last = i // batches, i % batches == batches - 1
+        accuracies = (plain.accuracies[e], fused.accuracies[e]) if is_last else ("", "")
+        writer.writerow((i + 1, e + 1, *losses, *accuracies))
+    return text.getvalue().encode()
+
+
+def curves_png(plain: Curve, fused: Curve) -> bytes:
+    """Losses by step and accuracies by epoch, the fused run dashed upon the plain one."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = range(1, len(plain.accuracies) + 1)
+    for name, curve, style in (("plain", plain, "-"), ("fused", fused, "--")):
+        width = 3 if name == "plain" else 1.5
+        left.plot(curve.losses, style, label=name, linewidth=width)
+        right.plot(epochs, curve.accuracies, style, label=name, linewidth=width, marker=".")
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    right.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1))
+    figure.suptitle(
+        f"EPSANet on digits, float64: losses agree within {largest_difference(plain, fused):.1e}"
+    )
+    for axes in (left, right):
+        axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """All of the file or nothing, also if the process dies on the way."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be an integer of {low} to {high}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of 0 to below 1, got {text!r}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        torch.zeros(1, device=text, dtype=DTYPE)
+        return torch.device(text)
+    except Exception as error:  # each device type refuses with a type of its own
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"can't use {text!r} here: {reason}") from None
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't make the folder {text!r}: {error}") from None
+    return path
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=_folder, default="out", help="folder for digits.csv and digits.png (out)")
+    add("--epochs", type=_integer(1, 1000), default=6, help="of each of the two trainings (6)")
+    add("--seed", type=_integer(0, 2**32 - 1), default=0, help="of weights and order (0)")
+    add("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add(
+        "--images",
+        type=_integer(BATCH, TRAIN_IMAGES),
+        default=TRAIN_IMAGES,
+        help=f"how many of the {TRAIN_IMAGES} training images to use (all)",
+    )
+    add(
+        "--min-accuracy",
+        type=_share,
+        default=0.95,
+        help="what both test accuracies must pass in the end (0.95)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    data = load_data(args.images, args.device)
+    plain, fused = (
+        train(build(is_fused, args.seed, args.device), data, args.epochs, args.seed, name)
+        for name, is_fused in (("plain", False), ("fused", True))
+    )
+    print(table(plain, fused))
+    print(f"trained in {plain.seconds:.1f} s plain, {fused.seconds:.1f} s fused")
+    for name, content in (("csv", curves_csv(plain, fused)), ("png", curves_png(plain, fused))):
+        path = args.out / f"digits.{name}"
+        write_atomically(path, content)
+        print(f"wrote {path}")
+    failures = complaints(plain, fused, args.min_accuracy)
+    for failure in failures:
+        print(f"digits: {failure}", file=sys.stderr)
+    if not failures:
+        difference = largest_difference(plain, fused)
+        print(f"the two runs agree: no loss differs by more than {difference:.1e}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
