@@ -1,11 +1,14 @@
 """Timing: variants interleaved in one process, medians with p20 and p80.
 
 Interleaving gives every variant the same share of whatever else the machine does: a slow second
-then spoils one sample of each, which a median forgets.
+then spoils one sample of each, which a median forgets. The order changes from turn to turn, and
+each sample begins with a call that isn't timed: what ran before leaves caches and the memory
+allocator in a state that has cost its successor a quarter more.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -126,11 +129,14 @@ def interleave(
     calls = {name: _calls_per_sample(v, clock) for name, v in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     deadline = time.perf_counter() + seconds
+    order, shuffled = list(variants.items()), random.Random(0)
     for turn in range(reps):
         if turn >= FEWEST_SAMPLES and time.perf_counter() > deadline:
             break
-        for name, variant in variants.items():
+        shuffled.shuffle(order)
+        for name, variant in order:
             with variant.context():
+                variant.call()
                 samples[name].append(clock.measure(variant.call, calls[name]))
     return {name: summarise(values) for name, values in samples.items()}
 

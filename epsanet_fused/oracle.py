@@ -69,7 +69,7 @@ def evaluate(
 
 
 def _copy(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy with t's strides and alignment: slices, permutations, expansions stay what they are."""
+    """A copy with t's strides and alignment, so that a slice or a permutation stays one."""
     if t.numel() == 0:
         return t.detach().to(dtype or t.dtype, copy=True)
     size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))

@@ -195,7 +195,7 @@ def test_forward_mode_is_refused_with_the_way_to_get_it(which: str) -> None:
         return ef.psa_tail(branches, *fc)
 
     tangent = torch.ones_like(target)
-    with pytest.raises(NotImplementedError, match="forward-mode.*use_backend\\('reference'\\)"):
+    with pytest.raises(NotImplementedError, match=r"forward-mode.*use_backend\('reference'\)"):
         torch.func.jvp(tail, (target,), (tangent,))
     with ef.use_backend("reference"):
         _, by_jvp = torch.func.jvp(tail, (target,), (tangent,))
