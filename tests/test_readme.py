@@ -1,0 +1,37 @@
+"""README's code runs as it stands, and the table it shows is the one in benchmarks/results."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import torch
+
+import epsanet_fused as ef
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_examples_run() -> None:
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(first, names)
+    assert names["logits"].shape == (2, 10)
+    se = ef.SEWeightModule(16)
+    names["branches"] = [torch.randn(2, 16, 5, 5) for _ in range(4)]
+    names |= {"fc1_weight": se.fc1.weight, "fc1_bias": se.fc1.bias}
+    names |= {"fc2_weight": se.fc2.weight, "fc2_bias": se.fc2.bias}
+    exec(second, names)
+    assert names["out"].shape == (2, 64, 5, 5)
+
+
+def test_the_table_is_the_measured_one() -> None:
+    file = ROOT / "benchmarks/results/cpu-amd-epyc/tail-inference.csv"
+    with file.open(newline="") as lines:
+        measured = {(r["stage"], r["provider"]): float(r["ms_p50"]) for r in csv.DictReader(lines)}
+    shown = re.findall(r"^(S\d)\s+(\S+)\s+\S+\s+([\d.]+)\s+\[", README, re.MULTILINE)
+    assert len(shown) == len(measured)
+    for stage, provider, milliseconds in shown:
+        assert float(milliseconds) == round(measured[stage, provider], 3)
