@@ -35,7 +35,7 @@ def plan(scratch: Path, sanitizer: str | None) -> list[Step]:
     python = sys.executable
     tests = (python, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-q", "-p", "no:cacheprovider")
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
-        tests += ("-n", "8")
+        tests += ("-n", "4")
     if importlib.util.find_spec("pytest_timeout"):
         tests += ("--timeout", "80")
     card = (python, str(HERE / "environment.py"), str(scratch / "env.json"))

@@ -34,6 +34,13 @@ STAGES = ("S1", "S2", "S3", "S4")
 BATCHES = {"batch 1": 1, "batch 32": 32, "batch 128": 128}
 
 
+@pytest.fixture(autouse=True)
+def _give_memory_back() -> Iterator[None]:
+    """Several processes may share the card, and one test needs half of a small one."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with ef.use_backend(request.param):
