@@ -286,3 +286,18 @@ def test_the_last_branch_comes_first(backend: str) -> None:
     fc = [torch.ones(1, 2), torch.zeros(1), torch.zeros(2, 1), torch.zeros(2)]
     out = ef.psa_tail(branches, *fc).flatten()
     torch.testing.assert_close(out, torch.tensor([2.0, 2.0, 1.0, 1.0, 0.0, 0.0]) / 3)
+
+
+@pytest.mark.parametrize("name", ["auto", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_squeeze_and_attention_are_not_rounded_to_16_bits(name: str, dtype: torch.dtype) -> None:
+    branches, fc, _ = make_case(SHAPES["S2"], dtype)
+    fc = [t.flatten(1) if t.dim() == 4 else t for t in fc]
+    op = torch.ops.epsanet_fused.psa_tail
+    _, squeeze, attention = op(branches, *fc, None, None, False, name)
+    exact = torch.stack([x.double().mean((2, 3)) for x in branches], 1)  # (B, S, C)
+    torch.testing.assert_close(squeeze.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attention.sum(1), torch.ones_like(attention[:, 0]))
+    hidden = torch.relu(exact @ fc[0].double().T + fc[1].double())
+    gate = torch.sigmoid(hidden @ fc[2].double().T + fc[3].double())
+    torch.testing.assert_close(attention.double(), gate.softmax(1), rtol=1e-5, atol=1e-6)
