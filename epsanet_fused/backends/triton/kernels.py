@@ -276,8 +276,10 @@ def fc_grad_kernel(
     tl.store(grad_fc1_weight + r[:, None] * C + c[None, :], grad_w1, mask=mask)
     tl.store(grad_fc2_weight + c[None, :] * R + r[:, None], grad_w2, mask=mask)
     # Blocks that share r or c computed the same bias gradient; the first of them writes it.
-    tl.store(grad_fc1_bias + r, grad_b1, mask=(r < R) & (tl.program_id(0) < r_blocks))
-    tl.store(grad_fc2_bias + c, grad_b2, mask=(c < C) & (tl.program_id(0) % r_blocks == 0))
+    if tl.program_id(0) < r_blocks:
+        tl.store(grad_fc1_bias + r, grad_b1, mask=r < R)
+    if tl.program_id(0) % r_blocks == 0:
+        tl.store(grad_fc2_bias + c, grad_b2, mask=c < C)
 
 
 @triton.jit

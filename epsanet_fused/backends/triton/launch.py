@@ -15,6 +15,8 @@ from epsanet_fused.backends.triton import config, kernels
 from epsanet_fused.layout import accumulator_dtype, output_format
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+# Said aloud, since Triton 3.10 changes the default: a product and a sum may round once.
+_OPTIONS = {"enable_fp_fusion": True}
 Strides = tuple[int, int, int]  # batch, channel, pixel
 
 
@@ -86,15 +88,15 @@ def sum_and_gate(
     if cfg.fold_gate:
         kernels.sum_gate_kernel[(B,)](
             *tensors, *gate_tensors, tiles=cfg.tiles, num_warps=cfg.warps,
-            **blocks, **gate, **_tile_arguments(p),
+            **blocks, **gate, **_tile_arguments(p), **_OPTIONS,
         )  # fmt: skip
         return
     kernels.sum_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
         *tensors, splits=cfg.splits, tiles=cfg.tiles, num_warps=cfg.warps,
-        **blocks, **_tile_arguments(p),
+        **blocks, **_tile_arguments(p), **_OPTIONS,
     )  # fmt: skip
     kernels.gate_kernel[(B,)](
-        sums, *gate_tensors, C=C, HW=HW, splits=cfg.splits, S=S, ACC=_ACC[p.acc], **gate
+        sums, *gate_tensors, C=C, HW=HW, splits=cfg.splits, S=S, ACC=_ACC[p.acc], **gate, **_OPTIONS
     )
 
 
@@ -117,11 +119,13 @@ def recalibrate(
         kernels.recalibrate_flat_kernel[(B * cdiv(C * HW, cfg.block),)](
             p.parts, p.cat, *vectors, size=C * HW // div, C=C, groups=HW // group, S=S, DIV=div,
             GROUP=group, RELU=relu, BLOCK=cfg.block, ACC=_ACC[p.acc], num_warps=cfg.warps,
+            **_OPTIONS,
         )  # fmt: skip
         return
     kernels.recalibrate_kernel[(B * cdiv(C, cfg.block_c) * cdiv(HW, cfg.block_p),)](
         p.parts, p.strides[:-1], p.cat, p.strides[-1], *vectors, RELU=relu,
-        BLOCK_C=cfg.block_c, BLOCK_P=cfg.block_p, num_warps=cfg.warps, **_tile_arguments(p),
+        BLOCK_C=cfg.block_c, BLOCK_P=cfg.block_p, num_warps=cfg.warps,
+        **_tile_arguments(p), **_OPTIONS,
     )  # fmt: skip
 
 
@@ -133,6 +137,7 @@ def fc_grads(squeeze: Tensor, for_fc: Sequence[Tensor], grads: Sequence[Tensor])
     kernels.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
         squeeze, *for_fc, *grads, rows=B * S, C=C, R=R,
         BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_N=block_n, ACC=_ACC[squeeze.dtype],
+        **_OPTIONS,
     )  # fmt: skip
 
 
