@@ -13,24 +13,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from epsanet_fused.backends import chosen, reference, resolve
+from epsanet_fused.backends import chosen, native_path, reference, resolve
 from epsanet_fused.checks import check_psa_tail
 from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
 
 _ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
 
-_library = torch.library.Library("epsanet_fused", "DEF")
-_library.define(
-    "psa_tail(Tensor[] branches, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
-    "Tensor fc2_bias, Tensor? scale, Tensor? shift, bool relu, str backend) "
+_FORWARD = (
+    "(Tensor[] branches, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+    "Tensor fc2_bias, Tensor? scale, Tensor? shift, bool relu, {}) "
     "-> (Tensor out, Tensor squeeze, Tensor attention)"
 )
-_library.define(
-    "psa_tail_backward(Tensor grad, Tensor[] branches, Tensor squeeze, Tensor attention, "
+_BACKWARD = (
+    "(Tensor grad, Tensor[] branches, Tensor squeeze, Tensor attention, "
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, "
-    "bool branch_grads, bool fc_grads, str backend) "
+    "bool branch_grads, bool fc_grads, {}) "
     "-> (Tensor[] grad_branches, Tensor[] grad_fc)"
 )
+_library = torch.library.Library("epsanet_fused", "DEF")
+_library.define("psa_tail" + _FORWARD.format("str backend"))
+_library.define("psa_tail_backward" + _BACKWARD.format("str backend"))
+# The compiled library's kernels, by themselves: no choice of backend, no autograd, no Python. The
+# fc weights may have the 1 x 1 of a convolution.
+_library.define("psa_tail_native" + _FORWARD.format("int path"))
+_library.define("psa_tail_native_backward" + _BACKWARD.format("int path"))
 
 
 def psa_tail(
@@ -71,14 +77,41 @@ def psa_tail(
 
     Differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
     """
-    check_psa_tail(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
-    fc = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
     name = chosen()
+    arguments = (branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
+    failure = None
+    if name != "reference" and not torch.compiler.is_compiling():
+        try:
+            out = _without_gradient(name, *arguments)
+            if out is not None:
+                return out
+        except Exception as error:  # told below in the user's terms, if the arguments are to blame
+            failure = error
+    check_psa_tail(*arguments)
+    if failure is not None:
+        raise failure
+    fc = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
     if name == "reference":
         return reference.forward(branches, *fc, scale, shift, relu)[0]
-    if not torch.compiler.is_compiling():
-        _refuse_forward_mode([*branches, *fc])
     return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
+
+
+def _without_gradient(name, branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue):
+    """The output by the compiled library, or None where another backend or autograd has to run.
+
+    It spares the checks in Python, as the library refuses whatever they refuse, and two more trips
+    through Python: together they cost more than a small tail.
+    """
+    if not isinstance(branches, (list, tuple)) or epilogue != (None, None, False):
+        check_psa_tail(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue)
+    tensors = (*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _refuse_forward_mode(tensors)
+    path = native_path(name, branches[0])
+    if path is None or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return None
+    return torch.ops.epsanet_fused.psa_tail_native(
+        branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue, path
+    )[0]
 
 
 def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
@@ -103,17 +136,24 @@ def _backward(grad, branches, *rest):
 
 
 @torch.library.register_fake("epsanet_fused::psa_tail", lib=_library)
-def _fake_forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue_and_backend):
+def _fake_forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue_and_choice):
     x = branches[0]
     stats = (x.shape[0], len(branches), x.shape[1])  # (B, S, C)
     acc = accumulator_dtype(x.dtype)
     return empty_output(branches), x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
 
 
+@torch.library.register_fake("epsanet_fused::psa_tail_native", lib=_library)
+def _fake_native(*arguments_and_path):
+    check_psa_tail(*arguments_and_path[:-1])
+    return _fake_forward(*arguments_and_path)
+
+
 @torch.library.register_fake("epsanet_fused::psa_tail_backward", lib=_library)
+@torch.library.register_fake("epsanet_fused::psa_tail_native_backward", lib=_library)
 def _fake_backward(
     grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-    branch_grads, fc_grads, backend,
+    branch_grads, fc_grads, choice,
 ):  # fmt: skip
     fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return (

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("reference", "triton")
+NAMES = ("reference", "cpu", "triton")
 # For a device type, what "auto" takes: the first that can run.
-_PREFERRED = {"cuda": ("triton", "reference")}
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 ENV = "EPSANET_FUSED_BACKEND"
 # One choice for the whole process, as with torch.backends: torch.compile can guard on a global, but
@@ -99,6 +99,11 @@ def resolve(name: str, device_type: str) -> ModuleType:
     if (reason := room(name).unavailable(device_type)) is not None:
         raise RuntimeError(f"psa_tail: the backend {name!r} can't run here: {reason}")
     return room(name)
+
+
+def native_path(name: str, x: torch.Tensor) -> int | None:
+    """The ``path`` with which ``psa_tail_native`` is what this choice comes to, or None."""
+    return getattr(resolve(name, x.device.type), "NATIVE_PATH", None)
 
 
 @functools.cache

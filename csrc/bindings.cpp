@@ -1,0 +1,233 @@
+// The operator's C++ kernels: from PyTorch's arguments to psa.h and back.
+//
+// Everything in here keeps to PyTorch's stable ABI, so that one file serves every torch from 2.10
+// on. What users pass wrongly is told by checks.py; what is checked here keeps memory safe whoever
+// calls the operator.
+#include <tuple>
+
+#include "cpu/cpu.h"
+#include "tensors.h"
+
+#ifdef PSA_WITH_CUDA
+#include "cuda/cuda.h"
+// PyTorch's CUDA half has it; without that half nothing here is called with a CUDA tensor.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace psa {
+namespace {
+
+// The operator's arguments, and what of them has to be kept alive while kernels run.
+struct Call {
+  std::vector<Tensor> branches;
+  std::vector<Strided> strided_branches;
+  Tensor cat;
+  Tail tail;
+};
+
+Call make_call(std::vector<Tensor> branches, const Tensor& fc1_weight, const Tensor& fc1_bias,
+               const Tensor& fc2_weight, const Tensor& fc2_bias) {
+  STD_TORCH_CHECK(branches.size() >= 2 && branches[0].dim() == 4,
+                  "psa_tail: branches must hold at least two tensors (B, C, H, W)");
+  const Tensor& x = branches[0];
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  STD_TORCH_CHECK(C >= 1 && H >= 1 && W >= 1, "psa_tail: branches must have C, H, W >= 1");
+  STD_TORCH_CHECK(fc1_weight.dim() >= 2 && fc1_weight.size(0) >= 1,
+                  "psa_tail: fc1_weight must be (R, C) with R >= 1");
+  const int64_t R = fc1_weight.size(0);
+  check_weight(fc1_weight, "fc1_weight", x, R, C);
+  check(fc1_bias, "fc1_bias", x, {R});
+  check_weight(fc2_weight, "fc2_weight", x, C, R);
+  check(fc2_bias, "fc2_bias", x, {C});
+  Call call;
+  for (Tensor& branch : branches) {
+    check(branch, "a branch", x, {B, C, H, W});
+    STD_TORCH_CHECK(branch.scalar_type() == x.scalar_type(), "psa_tail: branches of two dtypes");
+  }
+  const int64_t S = int64_t(branches.size());
+  call.tail = {B, S, C, H * W, dtype_of(x, "branches"), nullptr, {}, {}, nullptr, nullptr};
+  call.tail.se = {R, matrix(fc1_weight, "fc1_weight"), matrix(fc1_bias, "fc1_bias"),
+                  matrix(fc2_weight, "fc2_weight"), matrix(fc2_bias, "fc2_bias")};
+  for (Tensor& branch : branches) {
+    call.branches.push_back(pixels_in_a_run(branch));
+    call.strided_branches.push_back(strided(call.branches.back()));
+  }
+  call.tail.branches = call.strided_branches.data();
+  return call;
+}
+
+ScalarType accumulator_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+struct Gradient {
+  std::vector<Tensor> branches, fc;
+  std::vector<Strided> strided_branches;
+  Gradients gradients{};
+};
+
+Gradient make_gradient(const std::vector<Tensor>& branches, const std::vector<Tensor>& fc,
+                       bool branch_grads, bool fc_grads) {
+  Gradient result;
+  if (branch_grads) {
+    for (const Tensor& x : branches) {
+      const Tensor grad =
+          empty_image(x.size(0), x.size(1), x.size(2), x.size(3), is_channels_last(x), x);
+      result.strided_branches.push_back(strided(grad, grad.mutable_data_ptr()));
+      result.branches.push_back(grad);
+    }
+    result.gradients.branches = result.strided_branches.data();
+  }
+  if (fc_grads) {
+    for (const Tensor& p : fc) {
+      const auto sizes = p.sizes();
+      std::vector<int64_t> copied(sizes.begin(), sizes.end());
+      result.fc.push_back(empty_contiguous(copied, p.scalar_type(), p));
+    }
+    auto& g = result.gradients;
+    Matrix* matrices[] = {&g.fc1_weight, &g.fc1_bias, &g.fc2_weight, &g.fc2_bias};
+    for (int i = 0; i < 4; ++i) *matrices[i] = matrix(result.fc[i], "a gradient", true);
+    g.fc = true;
+  }
+  return result;
+}
+
+// How a device runs psa.h.
+struct OnCpu {
+  static cpu::Threads threads() {
+    return {int64_t(torch::stable::get_num_threads()),
+            [](int64_t begin, int64_t end, int64_t grain, cpu::Body body, void* context) {
+              STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+            }};
+  }
+  static void forward(const Tail& tail, const Epilogue& epilogue, const Tensor&, int64_t) {
+    cpu::forward(tail, epilogue, threads());
+  }
+  static void backward(const Tail& tail, const Gradients& gradients, const Tensor&, int64_t) {
+    cpu::backward(tail, gradients, threads());
+  }
+};
+
+#ifdef PSA_WITH_CUDA
+struct OnCuda {
+  static void* stream(int32_t device) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "psa_tail: this PyTorch has no CUDA half");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return stream;
+  }
+  static void forward(const Tail& tail, const Epilogue& epilogue, const Tensor& like,
+                      int64_t path) {
+    const int32_t device = like.get_device();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const auto way = static_cast<cuda::Path>(path);
+    const Tensor workspace = empty_contiguous({cuda::forward_workspace(tail, way, device)},
+                                              ScalarType::Byte, like);
+    cuda::forward(tail, epilogue, way, device, workspace.mutable_data_ptr(), stream(device));
+  }
+  static void backward(const Tail& tail, const Gradients& gradients, const Tensor& like,
+                       int64_t path) {
+    const int32_t device = like.get_device();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const auto way = static_cast<cuda::Path>(path);
+    const Tensor workspace = empty_contiguous(
+        {cuda::backward_workspace(tail, gradients, way, device)}, ScalarType::Byte, like);
+    cuda::backward(tail, gradients, way, device, workspace.mutable_data_ptr(), stream(device));
+  }
+};
+#endif
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> branches, const Tensor& fc1_weight,
+                                           const Tensor& fc1_bias, const Tensor& fc2_weight,
+                                           const Tensor& fc2_bias,
+                                           const std::optional<Tensor>& scale,
+                                           const std::optional<Tensor>& shift, bool relu,
+                                           int64_t path) {
+  const Tensor x = branches.empty() ? Tensor() : branches[0];
+  const bool channels_last = !branches.empty() && x.dim() == 4 && all_channels_last(branches);
+  Call call = make_call(std::move(branches), fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  Tail& tail = call.tail;
+  Epilogue epilogue{{}, {}, relu};
+  if (scale) {
+    check(*scale, "scale", x, {tail.S * tail.C});
+    epilogue.scale = matrix(*scale, "scale");
+  }
+  if (shift) {
+    check(*shift, "shift", x, {tail.S * tail.C});
+    epilogue.shift = matrix(*shift, "shift");
+  }
+  const Tensor out = empty_image(tail.B, tail.S * tail.C, x.size(2), x.size(3), channels_last, x);
+  const Tensor squeeze = empty_contiguous({tail.B, tail.S, tail.C}, accumulator_type(x), x);
+  const Tensor attention = empty_contiguous({tail.B, tail.S, tail.C}, accumulator_type(x), x);
+  if (tail.B > 0) {
+    tail.cat = strided(out, out.mutable_data_ptr());
+    tail.squeeze = squeeze.mutable_data_ptr();
+    tail.attention = attention.mutable_data_ptr();
+    Device::forward(tail, epilogue, x, path);
+  }
+  return {out, squeeze, attention};
+}
+
+template <class Device>
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(
+    const Tensor& grad, std::vector<Tensor> branches, const Tensor& squeeze,
+    const Tensor& attention, const Tensor& fc1_weight, const Tensor& fc1_bias,
+    const Tensor& fc2_weight, const Tensor& fc2_bias, bool branch_grads, bool fc_grads,
+    int64_t path) {
+  const std::vector<Tensor> own = branches;  // formats are those of the branches as they came
+  Call call = make_call(std::move(branches), fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  Tail& tail = call.tail;
+  const Tensor& x = own[0];
+  check(grad, "grad", x, {tail.B, tail.S * tail.C, x.size(2), x.size(3)});
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "psa_tail: grad of another dtype");
+  for (const Tensor& saved : {squeeze, attention}) {
+    check(saved, "squeeze or attention", x, {tail.B, tail.S, tail.C});
+    STD_TORCH_CHECK(saved.is_contiguous() && saved.scalar_type() == accumulator_type(x),
+                    "psa_tail: squeeze and attention must be contiguous, in the accumulator's "
+                    "dtype");
+  }
+  Gradient result = make_gradient(own, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, branch_grads,
+                                  fc_grads);
+  if (tail.B > 0) {
+    call.cat = pixels_in_a_run(grad);
+    tail.cat = strided(call.cat);
+    tail.squeeze = const_cast<void*>(squeeze.const_data_ptr());
+    tail.attention = const_cast<void*>(attention.const_data_ptr());
+    Device::backward(tail, result.gradients, x, path);
+  } else {
+    for (Tensor& g : result.fc) torch::stable::zero_(g);
+  }
+  return {result.branches, result.fc};
+}
+
+}  // namespace
+}  // namespace psa
+
+STABLE_TORCH_LIBRARY_IMPL(epsanet_fused, CPU, m) {
+  m.impl("psa_tail_native", TORCH_BOX(&psa::forward<psa::OnCpu>));
+  m.impl("psa_tail_native_backward", TORCH_BOX(&psa::backward<psa::OnCpu>));
+}
+
+#ifdef PSA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(epsanet_fused, CUDA, m) {
+  m.impl("psa_tail_native", TORCH_BOX(&psa::forward<psa::OnCuda>));
+  m.impl("psa_tail_native_backward", TORCH_BOX(&psa::backward<psa::OnCuda>));
+}
+#endif
+
+// What is in this file, for backends() to tell: by ctypes, as it takes no torch to ask.
+extern "C" const char* epsanet_fused_cpu_capability() {
+  try {
+    return psa::cpu::capability();
+  } catch (const std::exception&) {  // the environment asks for what this CPU doesn't have
+    return nullptr;
+  }
+}
+extern "C" const char* epsanet_fused_cuda_archs() {
+#ifdef PSA_WITH_CUDA
+  return PSA_WITH_CUDA;
+#else
+  return "";
+#endif
+}

@@ -1,0 +1,13 @@
+// The CPU kernels for avx2.
+#include "kernels.h"
+
+#ifdef __x86_64__
+#pragma GCC target("avx2,fma,f16c")
+#define PSA_NAMESPACE avx2
+#define PSA_VECTOR_BYTES 32
+#include "vec.h"
+#include "rows.h"
+#include "gate.h"
+#include "tail.h"
+#include "passes.h"
+#endif

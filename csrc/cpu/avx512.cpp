@@ -1,0 +1,13 @@
+// The CPU kernels for avx512.
+#include "kernels.h"
+
+#ifdef __x86_64__
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define PSA_NAMESPACE avx512
+#define PSA_VECTOR_BYTES 64
+#include "vec.h"
+#include "rows.h"
+#include "gate.h"
+#include "tail.h"
+#include "passes.h"
+#endif

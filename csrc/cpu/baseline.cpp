@@ -1,0 +1,10 @@
+// The CPU kernels for baseline.
+#include "kernels.h"
+
+#define PSA_NAMESPACE baseline
+#define PSA_VECTOR_BYTES 16
+#include "vec.h"
+#include "rows.h"
+#include "gate.h"
+#include "tail.h"
+#include "passes.h"

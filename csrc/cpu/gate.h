@@ -1,0 +1,177 @@
+// Squeeze to attention and the way back, one sample at a time. Rows of C numbers are padded to whole
+// vectors; what lies in the padding must not get into a sum over channels.
+
+namespace psa::cpu::PSA_NAMESPACE {
+
+// Memory that starts on a vector's boundary.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(size ? ::operator new(size_t(size) * sizeof(A), std::align_val_t(64)) : nullptr) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  A* get() const { return static_cast<A*>(data_); }
+
+ private:
+  void* data_;
+};
+
+template <class A>
+int64_t padded(int64_t C) {
+  return (C + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// Calls f with a null pointer of the element's type.
+template <class F>
+inline void with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float16:
+      return f(static_cast<Half*>(nullptr));
+    case Dtype::bfloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case Dtype::float32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::float64:
+      return f(static_cast<double*>(nullptr));
+  }
+}
+
+// to[i * ld + j] = m[i, j].
+template <class A>
+void read(A* to, int64_t ld, const Matrix& m, int64_t rows, int64_t columns) {
+  with_type(m.dtype, [&](auto* type) {
+    const auto* data = static_cast<decltype(type)>(m.data);
+    for (int64_t i = 0; i < rows; ++i, data += m.row, to += ld) {
+      if (m.column == 1) {  // said apart, it is copied in vectors
+        for (int64_t j = 0; j < columns; ++j) to[j] = A(widen(data[j]));
+      } else {
+        for (int64_t j = 0; j < columns; ++j) to[j] = A(widen(data[j * m.column]));
+      }
+    }
+  });
+}
+
+// m[i, j] = from[i * row + j * column].
+template <class A>
+void write(const Matrix& m, int64_t rows, int64_t columns, const A* from, int64_t row,
+           int64_t column) {
+  with_type(m.dtype, [&](auto* type) {
+    auto* data = static_cast<decltype(type)>(m.data);
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        data[i * m.row + j * m.column] = narrow<T>(Acc<T>(from[i * row + j * column]));
+      }
+    }
+  });
+}
+
+inline Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.column, m.row}; }
+
+template <class A>
+A dot(const A* a, const A* b, int64_t n) {
+  Vec<A> s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
+    s0 += load(a + i) * load(b + i);
+    s1 += load(a + i + kLanes<A>) * load(b + i + kLanes<A>);
+  }
+  if (i < n) s0 += load(a + i) * load(b + i);
+  return sum_lanes(s0 + s1);
+}
+
+// The SE module in the accumulator's type, both weights as (R, C), padded with zeros.
+template <class A>
+class Gate {
+ public:
+  Gate(const Excitation& se, int64_t S, int64_t C)
+      : S(S), C(C), ld(padded<A>(C)), R(se.R), weights_(2 * R * ld + ld + R) {
+    fc1_ = weights_.get();
+    fc2_ = fc1_ + R * ld;
+    fc2_bias_ = fc2_ + R * ld;
+    fc1_bias_ = fc2_bias_ + ld;
+    __builtin_memset(fc1_, 0, size_t(2 * R * ld + ld) * sizeof(A));
+    read(fc1_, ld, se.fc1_weight, R, C);
+    read(fc2_, ld, transposed(se.fc2_weight), R, C);
+    read(fc1_bias_, 1, se.fc1_bias, R, 1);
+    read(fc2_bias_, 1, se.fc2_bias, C, 1);
+  }
+
+  // hidden (S, R) = relu(fc1 squeeze), gate (S, ld) = sigmoid(fc2 hidden); squeeze is (S, ld).
+  void excite(const A* squeeze, A* hidden, A* gate) const {
+    for (int64_t s = 0; s < S; ++s) {
+      for (int64_t r = 0; r < R; ++r) {
+        hidden[s * R + r] = relu(dot(squeeze + s * ld, fc1_ + r * ld, ld) + fc1_bias_[r]);
+      }
+      for (int64_t c = 0; c < ld; c += kLanes<A>) {
+        Vec<A> sum = load(fc2_bias_ + c);
+        for (int64_t r = 0; r < R; ++r) sum += load(fc2_ + r * ld + c) * hidden[s * R + r];
+        store(gate + s * ld + c, sigmoid(sum));
+      }
+    }
+  }
+
+  // attention = softmax of gate over the branches, in place: (S, ld). A gate lies in (0, 1).
+  void select(A* gate) const {
+    for (int64_t c = 0; c < ld; c += kLanes<A>) {
+      Vec<A> sum{};
+      for (int64_t s = 0; s < S; ++s) {
+        const Vec<A> e = exp(load(gate + s * ld + c));
+        store(gate + s * ld + c, e);
+        sum += e;
+      }
+      for (int64_t s = 0; s < S; ++s) store(gate + s * ld + c, load(gate + s * ld + c) / sum);
+    }
+  }
+
+  // From the gradient of attention to those of what goes into sigmoid and relu, pre2 (S, ld) and
+  // pre1 (S, R), and of squeeze, which replaces the gradient of attention.
+  void back(A* grad, const A* attention, const A* hidden, const A* gate, A* pre1, A* pre2) const {
+    for (int64_t c = 0; c < ld; c += kLanes<A>) {
+      Vec<A> mean{};
+      for (int64_t s = 0; s < S; ++s) mean += load(grad + s * ld + c) * load(attention + s * ld + c);
+      for (int64_t s = 0; s < S; ++s) {
+        const int64_t i = s * ld + c;
+        const Vec<A> g = load(gate + i);
+        store(pre2 + i, load(attention + i) * (load(grad + i) - mean) * g * (1 - g));
+      }
+    }
+    for (int64_t s = 0; s < S; ++s) {
+      __builtin_memset(pre2 + s * ld + C, 0, size_t(ld - C) * sizeof(A));
+      for (int64_t r = 0; r < R; ++r) {
+        const A g = dot(pre2 + s * ld, fc2_ + r * ld, ld);
+        pre1[s * R + r] = hidden[s * R + r] <= 0 ? 0 : g;  // a NaN passes, as in PyTorch
+      }
+      for (int64_t c = 0; c < ld; c += kLanes<A>) {
+        Vec<A> sum{};
+        for (int64_t r = 0; r < R; ++r) sum += load(fc1_ + r * ld + c) * pre1[s * R + r];
+        store(grad + s * ld + c, sum);
+      }
+    }
+  }
+
+  const int64_t S, C, ld, R;
+
+ private:
+  Buffer<A> weights_;
+  A *fc1_, *fc2_, *fc2_bias_, *fc1_bias_;
+};
+
+// (S, C) to (S, ld), with zeros in the padding, and back.
+template <class A>
+void pad_rows(A* to, int64_t ld, const A* from, int64_t S, int64_t C) {
+  for (int64_t s = 0; s < S; ++s) {
+    __builtin_memcpy(to + s * ld, from + s * C, size_t(C) * sizeof(A));
+    __builtin_memset(to + s * ld + C, 0, size_t(ld - C) * sizeof(A));
+  }
+}
+template <class A>
+void unpad_rows(A* to, const A* from, int64_t ld, int64_t S, int64_t C) {
+  for (int64_t s = 0; s < S; ++s) {
+    __builtin_memcpy(to + s * C, from + s * ld, size_t(C) * sizeof(A));
+  }
+}
+
+}  // namespace psa::cpu::PSA_NAMESPACE

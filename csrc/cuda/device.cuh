@@ -1,0 +1,220 @@
+// What the kernels are made of: elements and vectors of 16 bytes, windows of a run, reductions.
+#pragma once
+
+#include <type_traits>
+
+#ifdef PSA_EMULATED
+#include "intrinsics.h"
+#else
+#include "intrinsics.cuh"
+#endif
+#include "kernels.h"
+
+namespace psa::cuda {
+
+constexpr int kFlight = 4;  // loads that a thread has in flight
+
+// The branches' elements; sums and products are in float.
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr int kVec = 16 / int(sizeof(T));
+
+PSA_DEVICE float to_float(float x) { return x; }
+PSA_DEVICE float to_float(Half x) { return float_of_half(x.bits); }
+PSA_DEVICE float to_float(Bfloat x) { return float_of_bits(uint32_t(x.bits) << 16); }
+
+template <class T>
+PSA_DEVICE T from_float(float x) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return {half_of_float(x)};
+  } else if constexpr (std::is_same_v<T, Bfloat>) {
+    return {bfloat_of_float(x)};
+  } else {
+    return x;
+  }
+}
+
+template <class T>
+PSA_DEVICE void unpack(Vec v, float (&x)[kVec<T>]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, Half>) {
+      x[2 * i] = float_of_half(uint16_t(v.word[i]));
+      x[2 * i + 1] = float_of_half(uint16_t(v.word[i] >> 16));
+    } else if constexpr (std::is_same_v<T, Bfloat>) {
+      x[2 * i] = float_of_bits(v.word[i] << 16);
+      x[2 * i + 1] = float_of_bits(v.word[i] & 0xffff0000u);
+    } else {
+      x[i] = float_of_bits(v.word[i]);
+    }
+  }
+}
+
+template <class T>
+PSA_DEVICE Vec pack(const float (&x)[kVec<T>]) {
+  Vec v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, Half>) {
+      v.word[i] = halves_of_floats(x[2 * i], x[2 * i + 1]);
+    } else if constexpr (std::is_same_v<T, Bfloat>) {
+      v.word[i] = bfloats_of_floats(x[2 * i], x[2 * i + 1]);
+    } else {
+      v.word[i] = bits_of_float(x[i]);
+    }
+  }
+  return v;
+}
+
+// Element j of a vector, j known when compiling.
+template <class T>
+PSA_DEVICE void set_element(Vec& v, int j, T x) {
+  if constexpr (sizeof(T) == 4) {
+    v.word[j] = bits_of_float(x);
+  } else {
+    v.word[j / 2] |= uint32_t(x.bits) << (j % 2 * 16);
+  }
+}
+template <class T>
+PSA_DEVICE T element(const Vec& v, int j) {
+  if constexpr (sizeof(T) == 4) {
+    return float_of_bits(v.word[j]);
+  } else {
+    return {uint16_t(v.word[j / 2] >> (j % 2 * 16))};
+  }
+}
+
+// A contiguous run of elements in global or shared memory.
+template <class T>
+struct Run {
+  T* data;
+  int32_t size;
+};
+
+template <class T>
+PSA_DEVICE int misaligned(const T* p) {  // elements past the last 16-byte boundary
+  return int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+}
+
+template <class T>
+PSA_DEVICE bool is_wide(Run<T> run, int i) {
+  return i >= 0 && i + kVec<T> <= run.size && misaligned(run.data + i) == 0;
+}
+
+enum class Read { again, last };  // whether the same memory will soon be read again
+
+// The window of elements [i, i + kVec) of a run, with zeros outside of [low, high), which lies in
+// the run. Nothing outside of the run is read.
+template <Read kRead, class T>
+PSA_DEVICE Vec load_window(Run<T> run, int i, int low, int high) {
+  Vec v = {{0, 0, 0, 0}};
+  if (is_wide(run, i)) {
+    if (i >= high || i + kVec<T> <= low) return v;
+    v = kRead == Read::last ? load_vec_last(run.data + i) : load_vec(run.data + i);
+    if (i >= low && i + kVec<T> <= high) return v;
+    Vec kept = {{0, 0, 0, 0}};
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) {
+      if (i + j >= low && i + j < high) set_element(kept, j, element<T>(v, j));
+    }
+    return kept;
+  }
+#pragma unroll
+  for (int j = 0; j < kVec<T>; ++j) {
+    if (i + j >= low && i + j < high) set_element(v, j, run.data[i + j]);
+  }
+  return v;
+}
+
+template <class T>
+PSA_DEVICE void store_window(Run<T> run, int i, Vec v) {
+  if (is_wide(run, i)) {
+    store_vec(run.data + i, v);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kVec<T>; ++j) {
+    if (i + j >= 0 && i + j < run.size) run.data[i + j] = element<T>(v, j);
+  }
+}
+
+PSA_DEVICE int divide(int n, Divisor d) {
+  return int((uint32_t(uint64_t(uint32_t(n)) * d.magic >> 32) + uint32_t(n)) >> d.shift);
+}
+
+// The sum over groups of neighbouring lanes, a power of two of them; all lanes of the warp call it.
+PSA_DEVICE float sum_of_lanes(float value, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// The sum of a window, or of the products of two.
+template <class T, bool kProduct>
+PSA_DEVICE float sum_of_window(Vec x, Vec g) {
+  float a[kVec<T>];
+  unpack<T>(x, a);
+  if constexpr (kProduct) {
+    float b[kVec<T>];
+    unpack<T>(g, b);
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) a[j] *= b[j];
+  }
+#pragma unroll
+  for (int step = kVec<T> / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int j = 0; j < step; ++j) a[j] += a[j + step];
+  }
+  return a[0];
+}
+
+PSA_DEVICE float load_element(const Matrix& m, int64_t row, int64_t column) {
+  int64_t i = row * m.row + column * m.column;
+  switch (m.dtype) {
+    case Dtype::float16:
+      return to_float(static_cast<const Half*>(m.data)[i]);
+    case Dtype::bfloat16:
+      return to_float(static_cast<const Bfloat*>(m.data)[i]);
+    case Dtype::float32:
+      return static_cast<const float*>(m.data)[i];
+    default:
+      return float(static_cast<const double*>(m.data)[i]);
+  }
+}
+
+PSA_DEVICE void store_element(const Matrix& m, int64_t row, int64_t column, float x) {
+  int64_t i = row * m.row + column * m.column;
+  switch (m.dtype) {
+    case Dtype::float16:
+      static_cast<Half*>(m.data)[i] = from_float<Half>(x);
+      break;
+    case Dtype::bfloat16:
+      static_cast<Bfloat*>(m.data)[i] = from_float<Bfloat>(x);
+      break;
+    case Dtype::float32:
+      static_cast<float*>(m.data)[i] = x;
+      break;
+    default:
+      static_cast<double*>(m.data)[i] = x;
+  }
+}
+
+// Calls f with an element of the dtype.
+template <class F>
+void dispatch(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float16:
+      return f(Half{});
+    case Dtype::bfloat16:
+      return f(Bfloat{});
+    default:
+      return f(float{});
+  }
+}
+
+}  // namespace psa::cuda

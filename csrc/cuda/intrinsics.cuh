@@ -1,0 +1,182 @@
+// Everything that only nvcc understands: PTX, built-in variables, launches. The kernels know these
+// functions alone, so that tests/emulator/intrinsics.h can stand in for them on a CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define PSA_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define PSA_PARAM(Type) const __grid_constant__ Type
+#define PSA_DEVICE __device__ __forceinline__
+#define PSA_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace psa::cuda {
+
+PSA_DEVICE int thread_index() { return int(threadIdx.x); }
+PSA_DEVICE int block_threads() { return int(blockDim.x); }
+PSA_DEVICE int64_t block_index() { return blockIdx.x; }
+PSA_DEVICE int64_t block_count() { return gridDim.x; }
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+PSA_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+PSA_DEVICE void sync_block() { __syncthreads(); }
+
+// The value of the lane whose index differs in `mask`. All 32 lanes take part.
+PSA_DEVICE float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+PSA_DEVICE float exponential(float x) { return expf(x); }
+
+// 16 bytes, as four words.
+struct alignas(16) Vec {
+  uint32_t word[4];
+};
+
+PSA_DEVICE Vec load_vec(const void* p) {
+  uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+// The same of global memory that nobody reads again soon: first to leave the caches.
+PSA_DEVICE Vec load_vec_last(const void* p) {
+  uint4 v = __ldcs(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+PSA_DEVICE void store_vec(void* p, Vec v) {
+  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+
+PSA_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+PSA_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
+
+PSA_DEVICE float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+PSA_DEVICE uint16_t half_of_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
+PSA_DEVICE uint16_t bfloat_of_float(float x) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+// Two numbers in one word, the first in its low half.
+PSA_DEVICE uint32_t halves_of_floats(float low, float high) {
+  __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+PSA_DEVICE uint32_t bfloats_of_floats(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define PSA_HAS_CLUSTERS 1
+
+PSA_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+PSA_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+PSA_DEVICE int cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return int(size);
+}
+// What a block wrote before its arrival is seen by the others after their wait.
+PSA_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+PSA_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// *p as block `rank` of the cluster has it in its shared memory.
+PSA_DEVICE float load_remote(const float* p, int rank) {
+  uint32_t address;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// A barrier in shared memory that bulk copies complete, used for one phase.
+using Barrier = uint64_t;
+
+// One thread arms a barrier with the bytes that it will copy; fence_barriers() comes between.
+PSA_DEVICE void barrier_init(Barrier* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+PSA_DEVICE void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+PSA_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+PSA_DEVICE void barrier_wait(Barrier* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+// Copies `bytes`, a multiple of 16, between addresses aligned to 16, into shared memory; whoever
+// waits for the barrier sees them. The source is read for the last time: first to leave L2.
+PSA_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+#endif
+
+// Launches a kernel that takes one struct. More than one block in a cluster needs sm_90.
+template <class Params>
+void launch(void (*kernel)(Params), const char* name, int64_t blocks, int threads, int cluster,
+            int64_t shared_bytes, void* stream, const Params& params) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) {
+    throw std::invalid_argument(std::string(name) + ": the problem needs more than 2^31 blocks");
+  }
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // so that the next launch doesn't report this one
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+  }
+}
+
+}  // namespace psa::cuda
