@@ -216,18 +216,24 @@ STABLE_TORCH_LIBRARY_IMPL(epsanet_fused, CUDA, m) {
 }
 #endif
 
-// What is in this file, for backends() to tell: by ctypes, as it takes no torch to ask.
-extern "C" const char* epsanet_fused_cpu_capability() {
+// What is in this file, for backends() to tell; by ctypes.
+#define PSA_TOLD extern "C" __attribute__((visibility("default"))) const char*
+
+PSA_TOLD epsanet_fused_cpu_capability() {
   try {
     return psa::cpu::capability();
   } catch (const std::exception&) {  // the environment asks for what this CPU doesn't have
     return nullptr;
   }
 }
-extern "C" const char* epsanet_fused_cuda_archs() {
+
+PSA_TOLD epsanet_fused_cuda_archs() {
 #ifdef PSA_WITH_CUDA
   return PSA_WITH_CUDA;
 #else
   return "";
 #endif
 }
+
+// Why there is no more in it.
+PSA_TOLD epsanet_fused_build_note() { return PSA_BUILD_NOTE; }

@@ -37,6 +37,7 @@ _library.define("psa_tail_backward" + _BACKWARD.format("str backend"))
 # fc weights may have the 1 x 1 of a convolution.
 _library.define("psa_tail_native" + _FORWARD.format("int path"))
 _library.define("psa_tail_native_backward" + _BACKWARD.format("int path"))
+_native = torch.ops.epsanet_fused.psa_tail_native.default
 
 
 def psa_tail(
@@ -96,22 +97,23 @@ def psa_tail(
     return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
 
 
-def _without_gradient(name, branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue):
+def _without_gradient(
+    name, branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu
+):
     """The output by the compiled library, or None where another backend or autograd has to run.
 
     It spares the checks in Python, as the library refuses whatever they refuse, and two more trips
     through Python: together they cost more than a small tail.
     """
-    if not isinstance(branches, (list, tuple)) or epilogue != (None, None, False):
-        check_psa_tail(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue)
+    has_epilogue = scale is not None or shift is not None or relu is not False
     tensors = (*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if has_epilogue or not isinstance(branches, (list, tuple)):
+        check_psa_tail(branches, *tensors[-4:], scale, shift, relu)
     _refuse_forward_mode(tensors)
-    path = native_path(name, branches[0])
+    path = native_path(name, branches)
     if path is None or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None
-    return torch.ops.epsanet_fused.psa_tail_native(
-        branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue, path
-    )[0]
+    return _native(branches, *tensors[-4:], scale, shift, relu, path)[0]
 
 
 def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
@@ -124,14 +126,14 @@ def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
 
 @torch.library.impl(_library, "psa_tail", "CompositeExplicitAutograd")
 def _forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu, backend):
-    run = resolve(backend, branches[0].device.type).forward
+    run = resolve(backend, branches[0].device.type, branches).forward
     return run(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
 
 
 @torch.library.impl(_library, "psa_tail_backward", "CompositeExplicitAutograd")
 def _backward(grad, branches, *rest):
     *tensors_and_flags, backend = rest
-    run = resolve(backend, grad.device.type).backward
+    run = resolve(backend, grad.device.type, branches).backward
     return run(grad, branches, *tensors_and_flags)
 
 

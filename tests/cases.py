@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+import epsanet_fused as ef
+from epsanet_fused.backends import _PREFERRED, _first_available
 from epsanet_fused.oracle import bound, evaluate, max_error, plain_tail
+
+# The ways to run the operator on a CPU. "reference" is PyTorch alone; "fallback" is what "auto"
+# does without the compiled library, the operator over plain PyTorch.
+BACKENDS = ["reference", "fallback", "cpu", "triton"]
+OPERATOR_BACKENDS = ["fallback", "cpu", "triton"]
+
+
+@contextmanager
+def run_by(name: str) -> Iterator[None]:
+    """use_backend, which also knows "fallback"."""
+    if name != "fallback":
+        with ef.use_backend(name):
+            yield
+        return
+    _first_available.cache_clear()
+    with mock.patch.dict(_PREFERRED, cpu=("reference",)), ef.use_backend("auto"):
+        yield
+    _first_available.cache_clear()
 
 
 class Shape(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -17,6 +19,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
+
+
+# What the compiled library allocates is filled by the C library, with -1.7e38 in every float dtype.
+_M_PERTURB, _M_MMAP_THRESHOLD, _POISON = -6, -3, 0x01
+if sys.platform == "linux":
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # fresh pages would be zeros
+    ctypes.CDLL(None).mallopt(_M_PERTURB, _POISON)
 
 
 @pytest.fixture(autouse=True)

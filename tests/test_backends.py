@@ -67,7 +67,10 @@ def test_environment_variable_chooses() -> None:
     assert python(code, EPSANET_FUSED_BACKEND="reference").returncode == 0
     wrong = python(code, EPSANET_FUSED_BACKEND="fastest")
     assert wrong.returncode != 0
-    assert "EPSANET_FUSED_BACKEND must be one of 'auto', 'reference', 'triton'" in wrong.stderr
+    assert (
+        "EPSANET_FUSED_BACKEND must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'"
+        in wrong.stderr
+    )
     cannot = python(code, EPSANET_FUSED_BACKEND="triton")
     assert cannot.returncode != 0
     assert "the backend 'triton' can't run here: it needs a CUDA or ROCm device" in cannot.stderr
@@ -139,7 +142,7 @@ def test_self_check_fails_where_a_backend_is_wrong(monkeypatch: pytest.MonkeyPat
     from epsanet_fused.backends import triton as room
     from epsanet_fused.selfcheck import self_check
 
-    right = {"auto": True, "reference": True, "triton": True}
+    right = {"auto": True, "reference": True, "cpu": True, "triton": True}
     assert {c.backend: c.passed for c in self_check(["cpu"])} == right
     forward = room.forward
 

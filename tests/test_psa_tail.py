@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cases import (
+    BACKENDS,
     LAYOUTS,
+    OPERATOR_BACKENDS,
     SHAPES,
     Case,
     Shape,
@@ -16,20 +18,20 @@ from cases import (
     expected,
     make_case,
     named_case,
+    run_by,
 )
 from torch import Tensor
 
 import epsanet_fused as ef
+from epsanet_fused.backends import chosen
 from epsanet_fused.oracle import bound, evaluate, max_error, plain_tail
 
-# "auto" on a CPU is the operator over the plain-PyTorch kernels; "reference" is PyTorch alone.
-BACKENDS = ["reference", "auto", "triton"]
 SMALL = Shape(2, 4, 24, 5, 6, 3)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with ef.use_backend(request.param):
+    with run_by(request.param):
         yield request.param
 
 
@@ -288,13 +290,14 @@ def test_the_last_branch_comes_first(backend: str) -> None:
     torch.testing.assert_close(out, torch.tensor([2.0, 2.0, 1.0, 1.0, 0.0, 0.0]) / 3)
 
 
-@pytest.mark.parametrize("name", ["auto", "triton"])
+@pytest.mark.parametrize("name", OPERATOR_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_squeeze_and_attention_are_not_rounded_to_16_bits(name: str, dtype: torch.dtype) -> None:
     branches, fc, _ = make_case(SHAPES["S2"], dtype)
     fc = [t.flatten(1) if t.dim() == 4 else t for t in fc]
     op = torch.ops.epsanet_fused.psa_tail
-    _, squeeze, attention = op(branches, *fc, None, None, False, name)
+    with run_by(name):
+        _, squeeze, attention = op(branches, *fc, None, None, False, chosen())
     exact = torch.stack([x.double().mean((2, 3)) for x in branches], 1)  # (B, S, C)
     torch.testing.assert_close(squeeze.double(), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(attention.sum(1), torch.ones_like(attention[:, 0]))

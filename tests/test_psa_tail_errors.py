@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Shape, make_case
+from cases import Shape, make_case, run_by
 
 import epsanet_fused as ef
 
@@ -137,7 +137,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD.values(), ids=BAD)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "fallback", "cpu"])
 def test_bad_argument_is_named(
     backend: str, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -145,7 +145,7 @@ def test_bad_argument_is_named(
     tensors = [t for v in given.values() for t in (v if isinstance(v, list) else [v])]
     tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
     before = [t.clone() for t in tensors]
-    with ef.use_backend(backend), pytest.raises(error, match=message) as raised:
+    with run_by(backend), pytest.raises(error, match=message) as raised:
         ef.psa_tail(**given)
     assert str(raised.value).startswith("psa_tail: ")
     for t, b in zip(tensors, before, strict=True):
@@ -156,7 +156,7 @@ def test_bad_argument_is_named(
     "epilogue", [{"relu": True}, {"scale": torch.ones(24)}, {"shift": torch.ones(24)}]
 )
 @pytest.mark.parametrize("needs_gradient", ["branches", "fc1_weight", "epilogue"])
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "fallback", "cpu"])
 def test_epilogue_refuses_gradients(
     backend: str, needs_gradient: str, epilogue: dict[str, Any]
 ) -> None:
@@ -164,7 +164,7 @@ def test_epilogue_refuses_gradients(
     name = next(iter(epilogue)) if needs_gradient == "epilogue" else needs_gradient
     target = given["fc2_bias" if name == "relu" else name]  # relu is no tensor
     (target[1] if isinstance(target, list) else target).requires_grad_()
-    with ef.use_backend(backend):
+    with run_by(backend):
         with pytest.raises(ValueError, match="scale, shift and relu are for inference"):
             ef.psa_tail(**given)
         with torch.no_grad():

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, Case, Shape, assert_accurate, expected, make_case
+from cases import (
+    BACKENDS,
+    DTYPES,
+    OPERATOR_BACKENDS,
+    Case,
+    Shape,
+    assert_accurate,
+    expected,
+    make_case,
+    run_by,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -45,27 +55,27 @@ def lay_out(case: Case, names: list[str]) -> Case:
     return case._replace(branches=branches, grad=LAYOUTS[names[-1]](case.grad))
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=shapes, layouts=layouts, dtype=st.sampled_from(sorted(DTYPES)))
 def test_any_input_gives_the_oracles_numbers(
     backend: str, shape: Shape, layouts: list[str], dtype: str
 ) -> None:
     case = lay_out(make_case(shape, DTYPES[dtype]), layouts)
-    with ef.use_backend(backend):
+    with run_by(backend):
         results = evaluate(ef.psa_tail, *case)
     assert_accurate(results, *expected(case))
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=shapes.filter(lambda s: s.B), layouts=layouts)
 def test_fake_and_real_strides_agree(backend: str, shape: Shape, layouts: list[str]) -> None:
     """What a compiler plans with is what the kernels return, forward and backward."""
     case = lay_out(make_case(shape), layouts)
-    with ef.use_backend(backend):
+    with run_by(backend):
         real = evaluate(ef.psa_tail, *case)
-    with FakeTensorMode() as mode, ef.use_backend(backend):
+    with FakeTensorMode() as mode, run_by(backend):
         fake_case = Case(*([mode.from_tensor(t) for t in ts] for ts in case[:2]), None)
         leaves = [x.requires_grad_() for x in fake_case.branches]
         out = ef.psa_tail(leaves, *fake_case.fc)

@@ -7,11 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import LAYOUTS, Case, Shape, assert_accurate, expected, make_case
+from cases import (
+    BACKENDS,
+    LAYOUTS,
+    OPERATOR_BACKENDS,
+    Case,
+    Shape,
+    assert_accurate,
+    expected,
+    make_case,
+    run_by,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import epsanet_fused as ef
+from epsanet_fused.backends import chosen, room
 from epsanet_fused.oracle import evaluate, plain_tail
 
 SHAPE = Shape(2, 3, 8, 4, 5, 2)
@@ -19,10 +30,11 @@ OPS = torch.ops.epsanet_fused
 COMPILERS = ["aot_eager", "inductor"] if shutil.which("g++") else ["aot_eager"]
 
 
-@pytest.fixture(params=["auto", "triton"])
+@pytest.fixture(params=OPERATOR_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with ef.use_backend(request.param):
-        yield request.param
+    """The name that the operator is called with."""
+    with run_by(request.param):
+        yield chosen()
     torch.compiler.reset()
 
 
@@ -103,6 +115,22 @@ def test_compiles_without_a_graph_break(backend: str, compiler: str, dynamic: bo
             assert_accurate(evaluate(compiled, *case), *expected(case))
 
 
+NATIVE_TESTS = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
+    """They have no autograd by intent; psa_tail has."""
+    assert room("cpu").unavailable("cpu") is None
+    branches, (w1, b1, w2, b2), grad = inputs(kind)
+    for fc in ((w1, b1, w2, b2), (w1.flatten(1), b1, w2.flatten(1), b2)):
+        arguments = (branches, *fc, torch.randn(24), None, True, 0)
+        torch.library.opcheck(OPS.psa_tail_native, arguments, test_utils=NATIVE_TESTS)
+    _, squeeze, attention = OPS.psa_tail_native(branches, *fc, None, None, False, 0)
+    arguments = (grad, branches, squeeze, attention, *fc, True, True, 0)
+    torch.library.opcheck(OPS.psa_tail_native_backward, arguments, test_utils=NATIVE_TESTS)
+
+
 def test_compiled_dynamic_shapes_are_not_recompiled() -> None:
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ef.psa_tail, fullgraph=True, dynamic=True, backend=count)
@@ -116,7 +144,7 @@ def test_compiled_dynamic_shapes_are_not_recompiled() -> None:
 def test_a_compiled_function_follows_use_backend() -> None:
     case = make_case(SHAPE)
     compiled = torch.compile(ef.psa_tail, fullgraph=True, backend="aot_eager")
-    for name in ("auto", "reference", "triton"):
+    for name in ("auto", "reference", "triton", "cpu"):
         with ef.use_backend(name):
             assert_accurate(evaluate(compiled, *case), *expected(case))
     with pytest.raises(ValueError, match="name must be one of"), ef.use_backend("fastest"):
@@ -156,7 +184,7 @@ def test_checkpointing_gives_the_same_gradients(backend: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("where", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("where", BACKENDS)
 def test_autocast_leaves_the_tail_its_dtypes(where: str) -> None:
     """16-bit branches meet float32 weights; the small products stay in float32."""
     case = make_case(SHAPE, torch.bfloat16, fc_dtype=torch.float32)
@@ -165,7 +193,7 @@ def test_autocast_leaves_the_tail_its_dtypes(where: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return ef.psa_tail(branches, *fc)
 
-    with ef.use_backend(where):
+    with run_by(where):
         under, outside = evaluate(tail, *case), evaluate(ef.psa_tail, *case)
     assert [t.dtype for t in under] == [torch.bfloat16] * 4 + [torch.float32] * 4
     for a, b in zip(under, outside, strict=True):

@@ -227,8 +227,10 @@ inline V relu(V x) {
   return x < 0 ? V{} : x;
 }
 
-inline Floats exp(Floats x) {
-  x = x < -87.0f ? splat(-87.0f) : x > 88.0f ? splat(88.0f) : x;
+// What no normal float can hold is 0 or infinity: a sigmoid has to saturate, or a derivative that
+// is 0 would come out as something times infinity.
+inline Floats exp(Floats to) {
+  const Floats x = to < -87.0f ? splat(-87.0f) : to > 88.0f ? splat(88.0f) : to;
   // x = n ln 2 + r with |r| <= ln 2 / 2. The magic number's last bit is worth 1.
   const Floats magic = x * 1.44269504f + 0x1.8p23f;
   const Floats n = magic - 0x1.8p23f;
@@ -242,7 +244,8 @@ inline Floats exp(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * (Floats)(((Ints)magic << 23) + 0x3f800000);
+  const Floats y = p * (Floats)(((Ints)magic << 23) + 0x3f800000);
+  return to < -87.0f ? Floats{} : to > 88.0f ? splat(__builtin_inff()) : y;
 }
 inline Vec<double> exp(Vec<double> x) {
   for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);

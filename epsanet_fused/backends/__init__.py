@@ -1,6 +1,6 @@
 """The ways to run the operator: the table of them, what can run here, and which one is chosen.
 
-A backend is a module with three functions (``reference`` is the shortest example):
+A backend is a module or an object with three functions (``reference`` is the shortest example):
 
 - ``unavailable(device_type)``: why it can't run on such a device here, or None if it can;
 - ``forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)``
@@ -11,6 +11,9 @@ A backend is a module with three functions (``reference`` is the shortest exampl
 
 Arguments arrive checked, the fc weights as matrices (R, C) and (C, R). A room may be wrong about
 nothing but speed: shapes, strides and dtypes of what it returns are those of ops.py's fake kernels.
+
+One that runs in the compiled library also has ``native_path``, the number that tells
+``psa_tail_native`` which kernels to run.
 """
 
 from __future__ import annotations
@@ -19,14 +22,20 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-NAMES = ("reference", "cpu", "triton")
+from epsanet_fused.backends import cuda_table
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+# Parts of a backend, for measuring them against each other.
+VARIANTS = ("cuda:one_pass", "cuda:two_pass")
+# The rest are rooms of the compiled library.
+_MODULES = {"reference": "reference", "triton": "triton"}
 # For a device type, what "auto" takes: the first that can run.
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
@@ -88,26 +97,31 @@ def chosen() -> str:
     return _chosen
 
 
-def resolve(name: str, device_type: str) -> ModuleType:
+def resolve(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> Any:
     """The backend that runs on such a device when the user asks for ``name``.
+
+    With the branches, "auto" can be the one that was measured to be the fastest for them.
 
     Raises:
         RuntimeError: if the one asked for can't run on such a device.
     """
     if name == "auto":
-        return _first_available(device_type)
+        if device_type == "cuda" and branches and cuda_table.TABLE:
+            name = cuda_table.look_up(cuda_table.describe(branches), cuda_table.TABLE) or name
+        if name == "auto" or room(name).unavailable(device_type) is not None:
+            return _first_available(device_type)
     if (reason := room(name).unavailable(device_type)) is not None:
         raise RuntimeError(f"psa_tail: the backend {name!r} can't run here: {reason}")
     return room(name)
 
 
-def native_path(name: str, x: torch.Tensor) -> int | None:
+def native_path(name: str, branches: Sequence[Tensor]) -> int | None:
     """The ``path`` with which ``psa_tail_native`` is what this choice comes to, or None."""
-    return getattr(resolve(name, x.device.type), "NATIVE_PATH", None)
+    return getattr(resolve(name, branches[0].device.type, branches), "native_path", None)
 
 
 @functools.cache
-def _first_available(device_type: str) -> ModuleType:
+def _first_available(device_type: str) -> Any:
     names = _PREFERRED.get(device_type, ("reference",))
     for name in names:
         if (reason := room(name).unavailable(device_type)) is None:
@@ -123,13 +137,14 @@ def _first_available(device_type: str) -> ModuleType:
 
 
 @functools.cache
-def room(name: str) -> ModuleType:
-    """The backend's module, imported when first asked for."""
-    return importlib.import_module(f"{__name__}.{name}")
+def room(name: str) -> Any:
+    """The backend, imported when first asked for."""
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'native')}")
+    return module if name in _MODULES else module.Room(name)
 
 
 def _check_name(name: str, where: str) -> None:
-    if name not in ("auto", *NAMES):
+    if name not in ("auto", *NAMES, *VARIANTS):
         known = ", ".join(repr(n) for n in ("auto", *NAMES))
         raise ValueError(f"{where} must be one of {known}, got {name!r}")
 

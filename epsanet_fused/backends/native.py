@@ -1,4 +1,9 @@
-"""The compiled library, shared by the rooms ``cpu`` and ``cuda``: found and loaded when needed.
+"""The compiled library: C++ kernels for CPUs and CUDA C++ kernels, found and loaded when needed.
+
+On a CPU each sample is read once from memory: summed, gated and written while it is in the cache,
+with AVX-512, AVX2 or the compiler's baseline, whichever is the widest that this CPU has
+(EPSANET_FUSED_CPU_CAPABILITY names a smaller one). On CUDA a sample is held on chip where it fits,
+else it is read twice.
 
 The library registers kernels for ``psa_tail_native`` and its backward; what those lack is autograd,
 which only ``psa_tail`` has.
@@ -8,40 +13,108 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 import epsanet_fused
 
 PATH = Path(epsanet_fused.__file__).with_name("_C.abi3.so")
-_HOW = "see 'Install' in the README"
+# For a backend's name, the device it runs on and the number of its path in csrc/cuda/cuda.h.
+ROOMS = {
+    "cpu": ("cpu", 0),
+    "cuda": ("cuda", 0),
+    "cuda:one_pass": ("cuda", 1),
+    "cuda:two_pass": ("cuda", 2),
+}
 
 
 class Library(NamedTuple):
     """What the library holds, or why there is none."""
 
     problem: str | None
-    cpu_capability: str | None  # the instruction set in use, e.g. "avx512"
+    cpu_capability: str | None  # the instruction set in use, None if the environment's is unknown
     cuda_archs: str  # "" if it was built without CUDA
+    build_note: str  # why there is no more in it, or ""
 
 
 @functools.cache
 def library() -> Library:
     """Load the library, once. Without one, or with one that fails to load, the package works."""
     if not PATH.exists():
-        return Library(f"the package was installed without its compiled library; {_HOW}", None, "")
+        why = "this is a pure-Python package; reinstall with EPSANET_FUSED_BUILD=cpu to see why"
+        return Library(why, None, "", "")
     try:
         loaded = ctypes.CDLL(str(PATH))  # registers its kernels with torch
     except OSError as error:
-        return Library(f"the compiled library doesn't load: {error}", None, "")
-    return Library(
-        None,
-        _text(loaded.epsanet_fused_cpu_capability),
-        _text(loaded.epsanet_fused_cuda_archs) or "",
-    )
+        return Library(f"the compiled library doesn't load: {error}", None, "", "")
+
+    def text(name: str) -> str | None:
+        function = getattr(loaded, f"epsanet_fused_{name}")
+        function.restype = ctypes.c_char_p
+        value = function()
+        return None if value is None else value.decode()
+
+    return Library(None, text("cpu_capability"), text("cuda_archs") or "", text("build_note") or "")
 
 
-def _text(function: ctypes._NamedFuncPointer) -> str | None:
-    function.restype = ctypes.c_char_p
-    text = function()
-    return None if text is None else text.decode()
+class Room:
+    """A backend, as backends/__init__.py describes one."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+        self.device_type, self.native_path = ROOMS[name]
+
+    def unavailable(self, device_type: str) -> str | None:
+        found = library()
+        if found.problem is not None:
+            return found.problem
+        if self.device_type == "cpu":
+            if found.cpu_capability is None:
+                wanted = os.environ.get("EPSANET_FUSED_CPU_CAPABILITY")
+                return f"EPSANET_FUSED_CPU_CAPABILITY={wanted!r} is nothing that this CPU has"
+        elif not found.cuda_archs:
+            return f"the compiled library was built without CUDA: {found.build_note}"
+        elif not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        if device_type != self.device_type:
+            return f"it runs on {self.device_type} tensors, not on {device_type}"
+        return None
+
+    def forward(
+        self,
+        branches: Sequence[Tensor],
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.epsanet_fused.psa_tail_native(
+            branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu,
+            self.native_path,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        grad: Tensor,
+        branches: Sequence[Tensor],
+        squeeze: Tensor,
+        attention: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        branch_grads: bool,
+        fc_grads: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return torch.ops.epsanet_fused.psa_tail_native_backward(
+            grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+            branch_grads, fc_grads, self.native_path,
+        )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Which backend "auto" takes on a CUDA tensor, by measurement.
+
+Nothing has been measured on a card yet, so the table is empty and ``triton`` runs everything. A row
+goes in when a card has shown, in a CSV under benchmarks/results/, that its backend is the faster
+one for all that the row covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from epsanet_fused.layout import output_format
+
+
+class Problem(NamedTuple):
+    """What the time of a tail depends on."""
+
+    arch: int  # 90 for sm_90
+    channels_last: bool
+    dtype: torch.dtype
+    sample_bytes: int  # of all branches together
+    batch: int
+
+
+class Row(NamedTuple):
+    """The backend for these problems; None stands for any, ranges are inclusive."""
+
+    arch: int | None
+    channels_last: bool | None
+    dtype: torch.dtype | None
+    sample_bytes: tuple[int, int]
+    batch: tuple[int, int]
+    backend: str
+
+    def covers(self, problem: Problem) -> bool:
+        alike = zip(self[:3], problem[:3], strict=True)
+        between = zip(self[3:5], problem[3:], strict=True)
+        return all(mine in (None, its) for mine, its in alike) and all(
+            low <= value <= high for (low, high), value in between
+        )
+
+
+TABLE: tuple[Row, ...] = ()
+
+
+def describe(branches: Sequence[Tensor]) -> Problem:
+    x = branches[0]
+    major, minor = torch.cuda.get_device_capability(x.device)
+    sample_bytes = len(branches) * x[0].numel() * x.element_size() if x.shape[0] else 0
+    channels_last = output_format(branches) == torch.channels_last
+    return Problem(10 * major + minor, channels_last, x.dtype, sample_bytes, x.shape[0])
+
+
+def look_up(problem: Problem, table: Sequence[Row]) -> str | None:
+    """The first row's backend that covers the problem, or None."""
+    return next((row.backend for row in table if row.covers(problem)), None)
