@@ -1,33 +1,49 @@
-# Each target sets up what it needs in .venv, once.
+# Each target sets up what it needs in .venv, once, and builds the compiled library again when its
+# sources have changed. EPSANET_FUSED_BUILD (auto, 0, cpu, cuda) says what goes into the library.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 OUT ?= out
 
-.PHONY: bench test gpu-check digits lint clean
+.PHONY: bench test test-sanitized test-matrix gpu-check digits lint clean
 
-bench: $(READY)
+bench: $(BUILT)
 	$(VENV)/bin/python benchmarks/bench_psa.py --out $(OUT)
 
-test: $(READY)
+test: $(BUILT)
 	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile --timeout 600
 
-digits: $(READY)
+# The CPU kernels under AddressSanitizer and UBSan.
+test-sanitized: $(BUILT)
+	$(VENV)/bin/python tests/sanitized.py
+
+# One wheel under every torch and on two Pythons: half an hour, gigabytes of downloads.
+test-matrix: $(READY)
+	$(VENV)/bin/python tests/matrix.py
+
+digits: $(BUILT)
 	$(VENV)/bin/python recipes/digits.py --out $(OUT)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/emulator/*.cpp' 'tests/emulator/*.h')
 
 # Runs with what the machine has: no network, no .venv. See benchmarks/gpu_check.py.
 gpu-check:
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
-$(READY): requirements-dev.txt pyproject.toml setup.py
+$(READY): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(BUILT): $(READY) $(SOURCES)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(VENV)/bin/python -m epsanet_fused
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(OUT) build dist *.egg-info epsanet_fused/*.so

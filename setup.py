@@ -166,6 +166,7 @@ def extension(toolkit: Toolkit | None, note: str):
     return CppExtension(
         "epsanet_fused._C",
         sources,
+        depends=[str(p) for p in Path("csrc").rglob("*.*h")],
         include_dirs=[str(toolkit.home / "include")] if toolkit else [],
         library_dirs=folders,
         extra_compile_args={"cxx": host, "nvcc": nvcc},

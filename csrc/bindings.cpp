@@ -121,8 +121,8 @@ struct OnCuda {
     const int32_t device = like.get_device();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const auto way = static_cast<cuda::Path>(path);
-    const Tensor workspace = empty_contiguous({cuda::forward_workspace(tail, way, device)},
-                                              ScalarType::Byte, like);
+    const Tensor workspace =
+        empty_contiguous({cuda::forward_workspace(tail, way, device)}, ScalarType::Byte, like);
     cuda::forward(tail, epilogue, way, device, workspace.mutable_data_ptr(), stream(device));
   }
   static void backward(const Tail& tail, const Gradients& gradients, const Tensor& like,
@@ -187,8 +187,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(
                     "psa_tail: squeeze and attention must be contiguous, in the accumulator's "
                     "dtype");
   }
-  Gradient result = make_gradient(own, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, branch_grads,
-                                  fc_grads);
+  Gradient result =
+      make_gradient(own, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, branch_grads, fc_grads);
   if (tail.B > 0) {
     call.cat = pixels_in_a_run(grad);
     tail.cat = strided(call.cat);
@@ -236,4 +236,6 @@ PSA_TOLD epsanet_fused_cuda_archs() {
 }
 
 // Why there is no more in it.
-PSA_TOLD epsanet_fused_build_note() { return PSA_BUILD_NOTE; }
+PSA_TOLD epsanet_fused_build_note() {
+  return PSA_BUILD_NOTE;
+}

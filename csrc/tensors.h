@@ -109,7 +109,9 @@ inline Strided strided(const Tensor& x, void* data) {
   const int64_t channel = C == 1 ? HW : stride[1];
   return {data, size[0] == 1 ? C * HW : stride[0], channel, pixel};
 }
-inline Strided strided(const Tensor& x) { return strided(x, const_cast<void*>(x.const_data_ptr())); }
+inline Strided strided(const Tensor& x) {
+  return strided(x, const_cast<void*>(x.const_data_ptr()));
+}
 
 inline Matrix matrix(const Tensor& m, const char* name, bool writable = false) {
   const auto stride = m.strides();

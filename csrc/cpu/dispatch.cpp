@@ -51,7 +51,9 @@ const Kernels& kernels() {
 
 }  // namespace
 
-const char* capability() { return kernels().name; }
+const char* capability() {
+  return kernels().name;
+}
 
 void forward(const Tail& tail, const Epilogue& epilogue, const Threads& threads) {
   kernels().forward(tail, epilogue, threads);

@@ -1,5 +1,5 @@
-// Squeeze to attention and the way back, one sample at a time. Rows of C numbers are padded to whole
-// vectors; what lies in the padding must not get into a sum over channels.
+// Squeeze to attention and the way back, one sample at a time. Rows of C numbers are padded to
+// whole vectors; what lies in the padding must not get into a sum over channels.
 
 namespace psa::cpu::PSA_NAMESPACE {
 
@@ -68,7 +68,9 @@ void write(const Matrix& m, int64_t rows, int64_t columns, const A* from, int64_
   });
 }
 
-inline Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.column, m.row}; }
+inline Matrix transposed(const Matrix& m) {
+  return {m.data, m.dtype, m.column, m.row};
+}
 
 template <class A>
 A dot(const A* a, const A* b, int64_t n) {
@@ -131,7 +133,8 @@ class Gate {
   void back(A* grad, const A* attention, const A* hidden, const A* gate, A* pre1, A* pre2) const {
     for (int64_t c = 0; c < ld; c += kLanes<A>) {
       Vec<A> mean{};
-      for (int64_t s = 0; s < S; ++s) mean += load(grad + s * ld + c) * load(attention + s * ld + c);
+      for (int64_t s = 0; s < S; ++s)
+        mean += load(grad + s * ld + c) * load(attention + s * ld + c);
       for (int64_t s = 0; s < S; ++s) {
         const int64_t i = s * ld + c;
         const Vec<A> g = load(gate + i);

@@ -27,8 +27,8 @@ class Forward {
     }
     const A* attention = static_cast<A*>(tail.attention);
     const A* offsets = epilogue.shift.data ? offsets_.get() : nullptr;
-    writing_ = {parts, tail.branches, has_scale_ ? weights_.get() : attention, offsets, 0,
-                epilogue.relu};
+    writing_ = {parts, tail.branches, has_scale_ ? weights_.get() : attention, offsets,
+                0,     epilogue.relu};
   }
 
   int64_t scratch_size() const { return gate_.S * (2 * gate_.ld + gate_.R); }

@@ -2,10 +2,10 @@
 
 namespace psa::cpu::PSA_NAMESPACE {
 
-constexpr int64_t kRun = 2048;           // pixels summed at a time, for precision
-constexpr int64_t kTask = 16384;         // elements of a task, about
-constexpr int64_t kGrain = 32768;        // elements that a thread is worth, as in PyTorch
-constexpr int64_t kBlockBytes = 16384;   // of the cat, while its cache lines are filled
+constexpr int64_t kRun = 2048;          // pixels summed at a time, for precision
+constexpr int64_t kTask = 16384;        // elements of a task, about
+constexpr int64_t kGrain = 32768;       // elements that a thread is worth, as in PyTorch
+constexpr int64_t kBlockBytes = 16384;  // of the cat, while its cache lines are filled
 
 template <class F>
 void parallel(const Threads& threads, int64_t n, int64_t grain, const F& f) {
@@ -72,9 +72,9 @@ void sum_task(const Walk& w, const Tail& tail, int64_t b, int64_t t, Acc<T>* sum
       const bool copies = x.channel != 1 || (kProduct && part.channel != 1);
       Buffer<T> space(copies ? 2 * pixels * w.C : 0);
       const auto xs = gather_pixels<T>(x, b, p, pixels, w.C, space.get());
-      const auto gs = kProduct ? gather_pixels<T>(part, b, p, pixels, w.C,
-                                                  space.get() + pixels * w.C * copies)
-                               : xs;
+      const auto gs =
+          kProduct ? gather_pixels<T>(part, b, p, pixels, w.C, space.get() + pixels * w.C * copies)
+                   : xs;
       sum_pixels<kProduct>(sums + (t * w.S + s) * w.C, xs, gs, pixels, w.C);
     }
     return;
@@ -140,8 +140,8 @@ void write_task(const Walk& w, const Writing<T>& writing, int64_t b, int64_t t) 
   }
 }
 
-// Runs pass.sum(b, t, sums), pass.gate(b, sums, scratch) and pass.write(b, t): sample by sample, or,
-// where there are fewer samples than threads, the tasks of all samples together.
+// Runs pass.sum(b, t, sums), pass.gate(b, sums, scratch) and pass.write(b, t): sample by sample,
+// or, where there are fewer samples than threads, the tasks of all samples together.
 template <class A, class Pass>
 void run(const Pass& pass, const Walk& w, int64_t B, int64_t scratch_size, const Threads& threads) {
   const int64_t sums_size = w.sums * w.S * w.C;

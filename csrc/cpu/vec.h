@@ -6,9 +6,15 @@
 
 namespace psa::cpu::PSA_NAMESPACE {
 
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
-constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) { return max(low, min(x, high)); }
+constexpr int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+constexpr int64_t max(int64_t a, int64_t b) {
+  return a < b ? b : a;
+}
+constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return max(low, min(x, high));
+}
 
 struct Half {
   uint16_t bits;
@@ -58,8 +64,12 @@ inline Vec<A> splat(A a) {
 }
 
 // One element to and from its accumulator's type; 16-bit rounding is to nearest even.
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
+inline float widen(float x) {
+  return x;
+}
+inline double widen(double x) {
+  return x;
+}
 inline float widen(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float f;
@@ -132,8 +142,12 @@ inline HalfWords narrow_words(Words v) {
 }
 
 // kLanes<Acc<T>> elements from anywhere in memory.
-inline Floats load(const float* from) { return load_bits<Floats>(from); }
-inline Vec<double> load(const double* from) { return load_bits<Vec<double>>(from); }
+inline Floats load(const float* from) {
+  return load_bits<Floats>(from);
+}
+inline Vec<double> load(const double* from) {
+  return load_bits<Vec<double>>(from);
+}
 inline Floats load(const BFloat16* from) {
   return (Floats)(widen_words(load_bits<HalfWords>(from)) << 16);
 }
@@ -149,8 +163,12 @@ inline Floats load(const Half* from) {
 #endif
 }
 
-inline void store(float* to, Floats v) { store_bits(to, v); }
-inline void store(double* to, Vec<double> v) { store_bits(to, v); }
+inline void store(float* to, Floats v) {
+  store_bits(to, v);
+}
+inline void store(double* to, Vec<double> v) {
+  store_bits(to, v);
+}
 inline void store(BFloat16* to, Floats v) {
 #ifdef PSA_AVX512_BF16
   const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)v);
@@ -188,7 +206,9 @@ inline float sum_lanes(__m512 v) {
   return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256(v), high));
 }
 #elif PSA_VECTOR_BYTES == 16
-inline float sum_lanes(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float sum_lanes(Floats v) {
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}
 #endif
 inline double sum_lanes(Vec<double> v) {
   double sum = 0;
