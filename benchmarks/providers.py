@@ -17,7 +17,7 @@ from inputs import Workload
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused.backends import resolve
+from epsanet_fused.backends import VARIANTS, resolve
 
 Step = Callable[[], list[Tensor]]
 
@@ -199,7 +199,7 @@ def _table() -> dict[str, Provider]:
         "fused-compile": Provider(bind(_compiled, True, None), _needs_compiler),
         "fused-graph": Provider(bind(_graphed, ours), _needs_cuda),
     }
-    for name in ef.backends():
+    for name in (*ef.backends(), *VARIANTS):
         if name != "reference":  # that is "cleaned"
             table[name] = Provider(bind(_ours, name), bind(_needs_backend, name))
     return table
@@ -218,6 +218,6 @@ def defaults(device: torch.device, scope: str) -> list[str]:
     return [
         name
         for name, provider in PROVIDERS.items()
-        if name not in doubles
+        if name not in (*doubles, *VARIANTS)
         and (name in ("compile", *ef.backends()) or provider.unavailable(device) is None)
     ]

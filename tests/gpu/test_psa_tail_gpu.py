@@ -19,6 +19,7 @@ from cases import (
 )
 
 import epsanet_fused as ef
+from epsanet_fused.backends import VARIANTS
 from epsanet_fused.oracle import evaluate, plain_tail
 
 pytestmark = [
@@ -28,8 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
     pytest.mark.filterwarnings("error:epsanet_fused:RuntimeWarning"),
 ]
-BACKENDS = [name for name, status in ef.backends().items() if status.available]
-FUSED = [name for name in BACKENDS if name not in ("reference", "cpu")]
+BACKENDS = [n for n, status in ef.backends().items() if status.available and n != "cpu"]
+FUSED = [name for name in BACKENDS if name != "reference"]
+PATHS = VARIANTS if "cuda" in FUSED else ()
 STAGES = ("S1", "S2", "S3", "S4")
 BATCHES = {"batch 1": 1, "batch 32": 32, "batch 128": 128}
 
@@ -82,9 +84,47 @@ def test_matches_the_oracle_at_real_batches(
     assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), accuracy_cases())
+def test_each_path_matches_the_oracle(path: str, shape: str, dtype: str, layout: str) -> None:
+    case = on_card(SHAPES[shape], dtype, layout)
+    with ef.use_backend(path):
+        try:
+            results = evaluate(ef.psa_tail, *case)
+        except ValueError as refusal:  # a sample that doesn't fit on chip, an older card
+            pytest.skip(str(refusal))
+    assert_accurate(results, *expected(case))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_path_has_the_epilogue(path: str, dtype: str, layout: str, stage: str) -> None:
+    branches, fc, grad = on_card(SHAPES[stage], dtype, layout)
+    scale, shift = torch.randn(2, grad.shape[1], device="cuda")
+    exact = {"scale": scale.double(), "shift": shift.double(), "relu": True}
+    oracle = plain_tail([x.double() for x in branches], *(t.double() for t in fc), **exact)
+    rounded = {"scale": scale.to(grad.dtype), "shift": shift.to(grad.dtype), "relu": True}
+    plain = plain_tail(branches, *fc, **rounded)
+    with ef.use_backend(path):
+        result = ef.psa_tail(branches, *fc, scale=scale, shift=shift, relu=True)
+    assert_accurate([result], [oracle], [plain])
+
+
 def test_matches_the_oracle_in_float64(fused: str) -> None:
+    if fused == "cuda":
+        pytest.skip("the cuda kernels are for float16, bfloat16 and float32")
     case = make_case(SHAPES["5x9"], torch.float64, device="cuda")
     assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+
+
+def test_float64_is_left_to_other_backends() -> None:
+    case = make_case(SHAPES["5x9"], torch.float64, device="cuda")
+    assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+    if "cuda" in FUSED:
+        with ef.use_backend("cuda"), pytest.raises(ValueError, match="float32"):
+            ef.psa_tail(case.branches, *case.fc)
 
 
 VIEWS = {
