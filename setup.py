@@ -28,6 +28,7 @@ ARCHS = (80, 90, 100, 120)
 TORCH_TARGET = "0x020a000000000000"
 HOST_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+NVCC_FLAGS += ["-Xfatbin=-compress-all"]
 
 
 class Toolkit(NamedTuple):

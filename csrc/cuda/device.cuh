@@ -12,8 +12,6 @@
 
 namespace psa::cuda {
 
-constexpr int kFlight = 4;  // loads that a thread has in flight
-
 // The branches' elements; sums and products are in float.
 struct Half {
   uint16_t bits;
@@ -25,9 +23,15 @@ struct Bfloat {
 template <class T>
 constexpr int kVec = 16 / int(sizeof(T));
 
-PSA_DEVICE float to_float(float x) { return x; }
-PSA_DEVICE float to_float(Half x) { return float_of_half(x.bits); }
-PSA_DEVICE float to_float(Bfloat x) { return float_of_bits(uint32_t(x.bits) << 16); }
+PSA_DEVICE float to_float(float x) {
+  return x;
+}
+PSA_DEVICE float to_float(Half x) {
+  return float_of_half(x.bits);
+}
+PSA_DEVICE float to_float(Bfloat x) {
+  return float_of_bits(uint32_t(x.bits) << 16);
+}
 
 template <class T>
 PSA_DEVICE T from_float(float x) {
@@ -72,24 +76,6 @@ PSA_DEVICE Vec pack(const float (&x)[kVec<T>]) {
   return v;
 }
 
-// Element j of a vector, j known when compiling.
-template <class T>
-PSA_DEVICE void set_element(Vec& v, int j, T x) {
-  if constexpr (sizeof(T) == 4) {
-    v.word[j] = bits_of_float(x);
-  } else {
-    v.word[j / 2] |= uint32_t(x.bits) << (j % 2 * 16);
-  }
-}
-template <class T>
-PSA_DEVICE T element(const Vec& v, int j) {
-  if constexpr (sizeof(T) == 4) {
-    return float_of_bits(v.word[j]);
-  } else {
-    return {uint16_t(v.word[j / 2] >> (j % 2 * 16))};
-  }
-}
-
 // A contiguous run of elements in global or shared memory.
 template <class T>
 struct Run {
@@ -102,45 +88,68 @@ PSA_DEVICE int misaligned(const T* p) {  // elements past the last 16-byte bound
   return int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
 }
 
-template <class T>
-PSA_DEVICE bool is_wide(Run<T> run, int i) {
-  return i >= 0 && i + kVec<T> <= run.size && misaligned(run.data + i) == 0;
-}
-
 enum class Read { again, last };  // whether the same memory will soon be read again
 
-// The window of elements [i, i + kVec) of a run, with zeros outside of [low, high), which lies in
-// the run. Nothing outside of the run is read.
+// A vector's place in a run: of the elements at data, [low, high) are wanted, 0 <= low and
+// high <= kVec. It is wide if one access of 16 bytes gets them and stays in the run.
+template <class T>
+struct Window {
+  T* data;
+  int low, high;
+  bool wide;
+};
+
+// Elements [i, i + kVec) of a run, as far as they lie in [low, high), a part of the run.
+template <class T>
+PSA_DEVICE Window<T> window_of(Run<T> run, int i, int low, int high) {
+  T* data = run.data + i;
+  low = low > i ? low - i : 0;
+  high = high - i < kVec<T> ? high - i : kVec<T>;
+  bool inside = i >= 0 && i + kVec<T> <= run.size;
+  return {data, low, high, low < high && inside && misaligned(data) == 0};
+}
+
+// Loading takes two steps. The first waits for nothing, so that several windows are in flight; it
+// also brings what a wide window has outside of [low, high).
 template <Read kRead, class T>
-PSA_DEVICE Vec load_window(Run<T> run, int i, int low, int high) {
+PSA_DEVICE Vec load_wide(const Window<const T>& w) {
   Vec v = {{0, 0, 0, 0}};
-  if (is_wide(run, i)) {
-    if (i >= high || i + kVec<T> <= low) return v;
-    v = kRead == Read::last ? load_vec_last(run.data + i) : load_vec(run.data + i);
-    if (i >= low && i + kVec<T> <= high) return v;
-    Vec kept = {{0, 0, 0, 0}};
-#pragma unroll
-    for (int j = 0; j < kVec<T>; ++j) {
-      if (i + j >= low && i + j < high) set_element(kept, j, element<T>(v, j));
-    }
-    return kept;
-  }
+  if (w.wide) v = kRead == Read::last ? load_global_last(w.data) : load_global(w.data);
+  return v;
+}
+template <class T>
+PSA_DEVICE void load_narrow(const Window<const T>& w, Vec& v) {
+  if (w.wide || w.low >= w.high) return;
 #pragma unroll
   for (int j = 0; j < kVec<T>; ++j) {
-    if (i + j >= low && i + j < high) set_element(v, j, run.data[i + j]);
+    if (j < w.low || j >= w.high) continue;
+    if constexpr (sizeof(T) == 4) {
+      v.word[j] = bits_of_float(w.data[j]);
+    } else {
+      v.word[j / 2] |= uint32_t(w.data[j].bits) << (j % 2 * 16);
+    }
   }
-  return v;
+}
+
+// Element j of a vector, j known when compiling.
+template <class T>
+PSA_DEVICE T element(const Vec& v, int j) {
+  if constexpr (sizeof(T) == 4) {
+    return float_of_bits(v.word[j]);
+  } else {
+    return {uint16_t(v.word[j / 2] >> (j % 2 * 16))};
+  }
 }
 
 template <class T>
-PSA_DEVICE void store_window(Run<T> run, int i, Vec v) {
-  if (is_wide(run, i)) {
-    store_vec(run.data + i, v);
+PSA_DEVICE void store_window(const Window<T>& w, Vec v) {
+  if (w.wide) {
+    store_global(w.data, v);
     return;
   }
 #pragma unroll
   for (int j = 0; j < kVec<T>; ++j) {
-    if (i + j >= 0 && i + j < run.size) run.data[i + j] = element<T>(v, j);
+    if (j >= w.low && j < w.high) w.data[j] = element<T>(v, j);
   }
 }
 
@@ -154,9 +163,9 @@ PSA_DEVICE float sum_of_lanes(float value, int lanes) {
   return value;
 }
 
-// The sum of a window, or of the products of two.
+// The sum of a vector's elements [low, high), or of their products with another's.
 template <class T, bool kProduct>
-PSA_DEVICE float sum_of_window(Vec x, Vec g) {
+PSA_DEVICE float sum_of_elements(Vec x, Vec g, int low, int high) {
   float a[kVec<T>];
   unpack<T>(x, a);
   if constexpr (kProduct) {
@@ -164,6 +173,10 @@ PSA_DEVICE float sum_of_window(Vec x, Vec g) {
     unpack<T>(g, b);
 #pragma unroll
     for (int j = 0; j < kVec<T>; ++j) a[j] *= b[j];
+  }
+  if (low > 0 || high < kVec<T>) {
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) a[j] = j >= low && j < high ? a[j] : 0;
   }
 #pragma unroll
   for (int step = kVec<T> / 2; step > 0; step /= 2) {

@@ -10,17 +10,26 @@
 #include <stdexcept>
 #include <string>
 
-#define PSA_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// A kernel of at most so many threads, so many blocks of which are to fit a processor.
+#define PSA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define PSA_PARAM(Type) const __grid_constant__ Type
 #define PSA_DEVICE __device__ __forceinline__
 #define PSA_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace psa::cuda {
 
-PSA_DEVICE int thread_index() { return int(threadIdx.x); }
-PSA_DEVICE int block_threads() { return int(blockDim.x); }
-PSA_DEVICE int64_t block_index() { return blockIdx.x; }
-PSA_DEVICE int64_t block_count() { return gridDim.x; }
+PSA_DEVICE int thread_index() {
+  return int(threadIdx.x);
+}
+PSA_DEVICE int block_threads() {
+  return int(blockDim.x);
+}
+PSA_DEVICE int64_t block_index() {
+  return blockIdx.x;
+}
+PSA_DEVICE int64_t block_count() {
+  return gridDim.x;
+}
 
 // The block's dynamic shared memory, aligned to 128 bytes.
 PSA_DEVICE unsigned char* shared_memory() {
@@ -28,40 +37,61 @@ PSA_DEVICE unsigned char* shared_memory() {
   return memory;
 }
 
-PSA_DEVICE void sync_block() { __syncthreads(); }
+PSA_DEVICE void sync_block() {
+  __syncthreads();
+}
 
 // The value of the lane whose index differs in `mask`. All 32 lanes take part.
 PSA_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-PSA_DEVICE float exponential(float x) { return expf(x); }
+PSA_DEVICE float exponential(float x) {
+  return expf(x);
+}
 
 // 16 bytes, as four words.
 struct alignas(16) Vec {
   uint32_t word[4];
 };
 
-PSA_DEVICE Vec load_vec(const void* p) {
+// Of shared memory.
+PSA_DEVICE Vec load_shared(const void* p) {
   uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// The same of global memory that nobody reads again soon: first to leave the caches.
-PSA_DEVICE Vec load_vec_last(const void* p) {
+// Of global memory that no thread of the kernel writes.
+PSA_DEVICE Vec load_global(const void* p) {
+  uint4 v = __ldg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+// The same where nobody reads again soon: first to leave the caches.
+PSA_DEVICE Vec load_global_last(const void* p) {
   uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
 
-PSA_DEVICE void store_vec(void* p, Vec v) {
-  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+PSA_DEVICE void store_global(void* p, Vec v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 
-PSA_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
-PSA_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
+PSA_DEVICE float float_of_bits(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+PSA_DEVICE uint32_t bits_of_float(float x) {
+  return __float_as_uint(x);
+}
 
-PSA_DEVICE float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-PSA_DEVICE uint16_t half_of_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
+PSA_DEVICE float float_of_half(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+PSA_DEVICE uint16_t half_of_float(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
 PSA_DEVICE uint16_t bfloat_of_float(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
@@ -76,10 +106,15 @@ PSA_DEVICE uint32_t bfloats_of_floats(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
+// A barrier in shared memory that bulk copies complete, used for one phase.
+using Barrier = uint64_t;
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define PSA_HAS_CLUSTERS 1
 
-PSA_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+PSA_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
 
 PSA_DEVICE int cluster_rank() {
   uint32_t rank;
@@ -92,8 +127,12 @@ PSA_DEVICE int cluster_size() {
   return int(size);
 }
 // What a block wrote before its arrival is seen by the others after their wait.
-PSA_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-PSA_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+PSA_DEVICE void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+PSA_DEVICE void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 
 // *p as block `rank` of the cluster has it in its shared memory.
 PSA_DEVICE float load_remote(const float* p, int rank) {
@@ -104,9 +143,6 @@ PSA_DEVICE float load_remote(const float* p, int rank) {
   return value;
 }
 
-// A barrier in shared memory that bulk copies complete, used for one phase.
-using Barrier = uint64_t;
-
 // One thread arms a barrier with the bytes that it will copy; fence_barriers() comes between.
 PSA_DEVICE void barrier_init(Barrier* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
@@ -116,10 +152,10 @@ PSA_DEVICE void fence_barriers() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 PSA_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 PSA_DEVICE void barrier_wait(Barrier* barrier) {
   asm volatile(

@@ -12,6 +12,7 @@ constexpr int kMaxBranches = 32;
 constexpr int kMaxCluster = 8;
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, in all kernels that stream
+constexpr int kFlight = 4;     // loads that a thread has in flight
 
 // How all parts and the cat lie in memory.
 enum class Layout {
@@ -41,7 +42,7 @@ struct Divisor {
 struct Shape {
   int64_t B, HW;
   int32_t S, C;
-  int32_t run;  // C * HW where the layout is runs
+  int32_t run;               // C * HW where the layout is runs
   Divisor channels, pixels;  // by C; by HW where the layout is runs
 };
 
@@ -68,7 +69,8 @@ struct Sums {
   float* sums;
   int32_t splits, blocks;
   int64_t split_pixels;
-  // Layout::runs: lanes of a warp that share a row, and whether they take more than one step.
+  // Layout::runs: lanes of a warp that share a row, and whether they take more than one step; if
+  // not, there are at most kFlight rows for each group of lanes.
   int32_t rows, lanes;
   bool long_rows;
   // Else: vectors (or elements) of the cat's S * C in a block, and pixels it takes at once.
@@ -88,7 +90,7 @@ struct Recalibrate {
   Matrix scale, shift;
   float floor;  // 0 with relu, else -infinity
   int32_t blocks;
-  // Layout::runs: vectors of a run, and branches, that a block has.
+  // Layout::runs: vectors of a run, at most kFlight for each thread, and branches that a block has.
   int32_t share, branches;
   // Else as in Sums, with the pixels that a block has.
   int64_t block_pixels;
