@@ -206,7 +206,8 @@ def run(args: argparse.Namespace) -> int:
         if left <= 0 and i > 0:
             break
         try:
-            bench.measure(settings, left / (len(points) - i))
+            with torch.set_grad_enabled(settings.mode != "inference"):
+                bench.measure(settings, left / (len(points) - i))
         except RuntimeError as error:
             bench.fail(settings, error)
         reached = i + 1

@@ -137,13 +137,13 @@ struct OnCuda {
 };
 #endif
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> branches, const Tensor& fc1_weight,
-                                           const Tensor& fc1_bias, const Tensor& fc2_weight,
-                                           const Tensor& fc2_bias,
-                                           const std::optional<Tensor>& scale,
-                                           const std::optional<Tensor>& shift, bool relu,
-                                           int64_t path) {
+// Runs the forward; squeeze and attention (B, S, C) are what saved(sizes, dtype, like) makes of
+// them.
+template <class Device, class Saved>
+Tensor run_forward(std::vector<Tensor> branches, const Tensor& fc1_weight, const Tensor& fc1_bias,
+                   const Tensor& fc2_weight, const Tensor& fc2_bias,
+                   const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                   bool relu, int64_t path, const Saved& saved) {
   const Tensor x = branches.empty() ? Tensor() : branches[0];
   const bool channels_last = !branches.empty() && x.dim() == 4 && all_channels_last(branches);
   Call call = make_call(std::move(branches), fc1_weight, fc1_bias, fc2_weight, fc2_bias);
@@ -158,15 +158,49 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> branches, const T
     epilogue.shift = matrix(*shift, "shift");
   }
   const Tensor out = empty_image(tail.B, tail.S * tail.C, x.size(2), x.size(3), channels_last, x);
-  const Tensor squeeze = empty_contiguous({tail.B, tail.S, tail.C}, accumulator_type(x), x);
-  const Tensor attention = empty_contiguous({tail.B, tail.S, tail.C}, accumulator_type(x), x);
+  saved(tail, x);
   if (tail.B > 0) {
     tail.cat = strided(out, out.mutable_data_ptr());
-    tail.squeeze = squeeze.mutable_data_ptr();
-    tail.attention = attention.mutable_data_ptr();
     Device::forward(tail, epilogue, x, path);
   }
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> branches, const Tensor& fc1_weight,
+                                           const Tensor& fc1_bias, const Tensor& fc2_weight,
+                                           const Tensor& fc2_bias,
+                                           const std::optional<Tensor>& scale,
+                                           const std::optional<Tensor>& shift, bool relu,
+                                           int64_t path) {
+  Tensor squeeze, attention;
+  const Tensor out = run_forward<Device>(
+      std::move(branches), fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu, path,
+      [&](Tail& tail, const Tensor& x) {
+        squeeze = empty_contiguous({tail.B, tail.S, tail.C}, accumulator_type(x), x);
+        attention = empty_contiguous({tail.B, tail.S, tail.C}, accumulator_type(x), x);
+        tail.squeeze = squeeze.mutable_data_ptr();
+        tail.attention = attention.mutable_data_ptr();
+      });
   return {out, squeeze, attention};
+}
+
+// The output alone: handing the others to Python and back takes longer than to compute them.
+template <class Device>
+Tensor inference(std::vector<Tensor> branches, const Tensor& fc1_weight, const Tensor& fc1_bias,
+                 const Tensor& fc2_weight, const Tensor& fc2_bias,
+                 const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, bool relu,
+                 int64_t path) {
+  Tensor both;
+  return run_forward<Device>(
+      std::move(branches), fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu, path,
+      [&](Tail& tail, const Tensor& x) {
+        const int64_t size = tail.B * tail.S * tail.C;
+        both = empty_contiguous({2 * size}, accumulator_type(x), x);
+        tail.squeeze = both.mutable_data_ptr();
+        tail.attention = static_cast<char*>(tail.squeeze) +
+                         size * (tail.dtype == Dtype::float64 ? sizeof(double) : sizeof(float));
+      });
 }
 
 template <class Device>
@@ -206,12 +240,14 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(
 
 STABLE_TORCH_LIBRARY_IMPL(epsanet_fused, CPU, m) {
   m.impl("psa_tail_native", TORCH_BOX(&psa::forward<psa::OnCpu>));
+  m.impl("psa_tail_inference", TORCH_BOX(&psa::inference<psa::OnCpu>));
   m.impl("psa_tail_native_backward", TORCH_BOX(&psa::backward<psa::OnCpu>));
 }
 
 #ifdef PSA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(epsanet_fused, CUDA, m) {
   m.impl("psa_tail_native", TORCH_BOX(&psa::forward<psa::OnCuda>));
+  m.impl("psa_tail_inference", TORCH_BOX(&psa::inference<psa::OnCuda>));
   m.impl("psa_tail_native_backward", TORCH_BOX(&psa::backward<psa::OnCuda>));
 }
 #endif

@@ -37,7 +37,8 @@ _library.define("psa_tail_backward" + _BACKWARD.format("str backend"))
 # fc weights may have the 1 x 1 of a convolution.
 _library.define("psa_tail_native" + _FORWARD.format("int path"))
 _library.define("psa_tail_native_backward" + _BACKWARD.format("int path"))
-_native = torch.ops.epsanet_fused.psa_tail_native.default
+_library.define("psa_tail_inference" + _FORWARD.format("int path").partition("->")[0] + "-> Tensor")
+_inference = torch.ops.epsanet_fused.psa_tail_inference.default
 
 
 def psa_tail(
@@ -113,7 +114,7 @@ def _without_gradient(
     path = native_path(name, branches)
     if path is None or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None
-    return _native(branches, *tensors[-4:], scale, shift, relu, path)[0]
+    return _inference(branches, *tensors[-4:], scale, shift, relu, path)
 
 
 def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
@@ -149,6 +150,11 @@ def _fake_forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogu
 def _fake_native(*arguments_and_path):
     check_psa_tail(*arguments_and_path[:-1])
     return _fake_forward(*arguments_and_path)
+
+
+@torch.library.register_fake("epsanet_fused::psa_tail_inference", lib=_library)
+def _fake_inference(*arguments_and_path):
+    return _fake_native(*arguments_and_path)[0]
 
 
 @torch.library.register_fake("epsanet_fused::psa_tail_backward", lib=_library)

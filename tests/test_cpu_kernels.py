@@ -134,10 +134,11 @@ def bad_forwards() -> dict[str, list[object]]:
     }
 
 
+@pytest.mark.parametrize("op", [OPS.psa_tail_native, OPS.psa_tail_inference], ids=str)
 @pytest.mark.parametrize("name", bad_forwards())
-def test_the_library_itself_refuses_bad_input(name: str) -> None:
+def test_the_library_itself_refuses_bad_input(name: str, op: object) -> None:
     with pytest.raises((RuntimeError, NotImplementedError, ValueError, TypeError)):
-        OPS.psa_tail_native(*bad_forwards()[name])
+        op(*bad_forwards()[name])
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
     for fc in ((w1, b1, w2, b2), (w1.flatten(1), b1, w2.flatten(1), b2)):
         arguments = (branches, *fc, torch.randn(24), None, True, 0)
         torch.library.opcheck(OPS.psa_tail_native, arguments, test_utils=NATIVE_TESTS)
+        torch.library.opcheck(OPS.psa_tail_inference, arguments, test_utils=NATIVE_TESTS)
     _, squeeze, attention = OPS.psa_tail_native(branches, *fc, None, None, False, 0)
     arguments = (grad, branches, squeeze, attention, *fc, True, True, 0)
     torch.library.opcheck(OPS.psa_tail_native_backward, arguments, test_utils=NATIVE_TESTS)

@@ -3,7 +3,7 @@
 namespace psa::cpu::PSA_NAMESPACE {
 
 constexpr int64_t kRun = 2048;          // pixels summed at a time, for precision
-constexpr int64_t kTask = 16384;        // elements of a task, about
+constexpr int64_t kTask = 8192;         // elements of a task, about
 constexpr int64_t kGrain = 32768;       // elements that a thread is worth, as in PyTorch
 constexpr int64_t kBlockBytes = 16384;  // of the cat, while its cache lines are filled
 
@@ -153,7 +153,7 @@ void run(const Pass& pass, const Walk& w, int64_t B, int64_t scratch_size, const
       for (int64_t b = begin; b < end; ++b) {
         for (int64_t t = 0; t < w.tasks; ++t) pass.sum(b, t, space.get());
         pass.gate(b, space.get(), space.get() + sums_size);
-        for (int64_t t = 0; t < w.tasks; ++t) pass.write(b, t);
+        for (int64_t t = w.tasks; t-- > 0;) pass.write(b, t);  // what was read last is nearest
       }
     });
     return;

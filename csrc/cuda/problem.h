@@ -53,7 +53,7 @@ struct Problem {
 };
 
 inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+  if (!condition) throw std::invalid_argument("psa_tail: " + message);
 }
 
 // A stride along a dimension of size one means nothing.
