@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from cases import Shape, make_case
 
 import epsanet_fused as ef
-from epsanet_fused.backends import chosen
+from epsanet_fused.backends import _first_available, chosen, cuda_table, resolve, room
+from epsanet_fused.backends.cuda_table import TABLE, Problem, Row, look_up
 from epsanet_fused.oracle import evaluate
 
 SHAPE = Shape(2, 3, 8, 4, 5, 2)
@@ -152,3 +154,41 @@ def test_self_check_fails_where_a_backend_is_wrong(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(room, "forward", slightly_wrong)
     assert {c.backend: c.passed for c in self_check(["cpu"])} == right | {"triton": False}
+
+
+def test_the_table_for_cuda_tensors() -> None:
+    """The first row that covers a problem decides; without one it is the usual order."""
+    any_size = (0, 2**62)
+    table = (
+        Row(90, False, torch.float16, (0, 200_000), (128, 2**31), "cuda"),
+        Row(None, True, None, any_size, any_size, "reference"),
+    )
+    covered = Problem(90, False, torch.float16, 200_000, 128)
+    assert look_up(covered, table) == "cuda"
+    for other in (
+        covered._replace(arch=80),
+        covered._replace(dtype=torch.bfloat16),
+        covered._replace(sample_bytes=200_001),
+        covered._replace(batch=127),
+    ):
+        assert look_up(other, table) is None
+        assert look_up(other._replace(channels_last=True), table) == "reference"
+    assert all(row.backend in ef.backends() for row in TABLE)
+
+
+def test_a_measured_row_decides_what_auto_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    branches = [torch.empty(2, 4, 3, 3)] * 2
+    problem = Problem(90, False, torch.float32, 288, 2)
+    monkeypatch.setattr(cuda_table, "describe", lambda _: problem)
+    row = Row(90, None, None, (0, 300), (1, 8), "cuda")
+    monkeypatch.setattr(cuda_table, "TABLE", (row,))
+    monkeypatch.setattr(room("cuda"), "unavailable", lambda _: None)
+    assert resolve("auto", "cuda", branches) is room("cuda")
+    monkeypatch.setattr(room("cuda"), "unavailable", lambda _: "no card")
+    with pytest.warns(RuntimeWarning, match="falling back") if no_triton() else nullcontext():
+        assert resolve("auto", "cuda", branches) is not room("cuda")
+
+
+def no_triton() -> bool:
+    _first_available.cache_clear()
+    return room("triton").unavailable("cuda") is not None

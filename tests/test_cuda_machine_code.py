@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from epsanet_fused.backends.native import PATH, library
+
 SOURCES = sorted((Path(__file__).parents[1] / "csrc/cuda").glob("*.cu"))
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 CLUSTERS = ["sm_90", "sm_100", "sm_120"]  # architectures that have clusters and bulk copies
@@ -142,6 +144,21 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     with ThreadPoolExecutor(2) as pool:
         jobs = [(arch, source) for arch in ARCHS for source in SOURCES]
         return [kernel for found in pool.map(compiled, jobs) for kernel in found]
+
+
+def test_the_built_library_holds_them_for_every_arch() -> None:
+    """What was compiled above is what setup.py put into the library, beside the CPU half."""
+    if toolkit() is None or cuobjdump() is None:
+        pytest.skip("needs CUDA's nvcc and cuobjdump: only the CPU half is there to be tested")
+    found = library()
+    assert found.problem is None and found.cpu_capability
+    assert found.cuda_archs.split() == [*ARCHS, "compute_120"], found.build_note
+    listed = subprocess.run(
+        [cuobjdump(), "-res-usage", PATH], capture_output=True, text=True, check=True
+    ).stdout
+    for arch in ARCHS:
+        parts = re.findall(rf"arch = {arch}\n(.*?)(?=\narch = |\Z)", listed, re.DOTALL)
+        assert all(f"{len(name)}{name}" in "".join(parts) for name in FLAGS), arch
 
 
 def those(kernels: list[Kernel], *names: str) -> list[Kernel]:
