@@ -28,7 +28,7 @@ def test_examples_run() -> None:
 
 
 def test_the_table_is_the_measured_one() -> None:
-    file = ROOT / "benchmarks/results/cpu-amd-epyc/tail-inference.csv"
+    file = ROOT / "benchmarks/results/cpu-intel-xeon/tail-inference.csv"
     with file.open(newline="") as lines:
         measured = {(r["stage"], r["provider"]): float(r["ms_p50"]) for r in csv.DictReader(lines)}
     shown = re.findall(r"^(S\d)\s+(\S+)\s+\S+\s+([\d.]+)\s+\[", README, re.MULTILINE)
