@@ -155,6 +155,26 @@ def test_few_and_many_processors(
     assert_accurate(evaluate(emulator.psa_tail, *case), oracle, plain)
 
 
+@pytest.mark.parametrize("path", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("shape", ["S1", "S3", "S4", "7x7"])
+def test_all_traffic_is_wide(
+    emulator: Emulator, shape: str, dtype: str, layout: str, path: str
+) -> None:
+    """16 bytes at a time, also at 49 pixels: 3 N and 4 N by two passes, 2 N and 3 N by one."""
+    case, _, _ = named_case(shape, dtype, layout)
+    emulator.path = path
+    out, squeeze, attention = emulator.forward(case.branches, case.fc)
+    N = out.nbytes
+    # The first pass reads vectors that two odd rows share for each of them.
+    rows = squeeze.numel() if path == "two_pass" and layout == "nchw" else 0
+    least = 3 if path == "two_pass" else 2
+    assert least * N <= emulator.wide_bytes <= least * N + 16 * rows
+    emulator.backward(case.grad, case.branches, squeeze, attention, case.fc)
+    assert (least + 1) * N <= emulator.wide_bytes <= (least + 1) * N + 2 * 16 * rows
+
+
 def test_large_batches(emulator: Emulator) -> None:
     emulator.card = Card(processors=4)
     for emulator.path in ("two_pass", "one_pass"):

@@ -74,6 +74,7 @@ struct State {
   psa::cuda::Limits limits = {90, 132, 232448, 233472};
   std::vector<std::pair<const char*, int64_t>> tensors;
   std::string launches;
+  int64_t wide_accesses = 0;  // of 16 bytes of global memory
   std::mt19937 random;
 
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -181,6 +182,45 @@ bool margins_are_whole(const Block& block) {
                      poisoned);
 }
 
+// Runs fiber i until it must wait. Whether it could run at all.
+bool run_fiber(size_t i) {
+  Fiber& fiber = *state.fibers[i];
+  if (!can_run(fiber)) return false;
+  switch_to(&fiber);
+  if (!state.error.empty()) throw std::runtime_error(state.error);
+  return true;
+}
+
+// A turn for every thread of the cluster, in any order.
+bool run_mixed(size_t count) {
+  std::vector<size_t> turns(count);
+  std::iota(turns.begin(), turns.end(), size_t(0));
+  std::shuffle(turns.begin(), turns.end(), state.random);
+  bool progress = false;
+  for (size_t i : turns) progress |= run_fiber(i);
+  return progress;
+}
+
+// Each warp runs until all of it must wait, and each block likewise: the others lag far behind.
+bool run_unfair(int threads, int cluster) {
+  auto turn = [](int i, int size) { return state.order == backwards ? size - 1 - i : i; };
+  bool progress = false;
+  for (int rank = 0; rank < cluster; ++rank) {
+    for (bool block = true; block; progress |= block) {
+      block = false;
+      for (int first = 0; first < threads; first += kWarp) {
+        for (bool warp = true; warp; block |= warp) {
+          warp = false;
+          for (int i = first; i < first + kWarp; ++i) {
+            warp |= run_fiber(size_t(turn(rank, cluster) * threads + turn(i, threads)));
+          }
+        }
+      }
+    }
+  }
+  return progress;
+}
+
 void run_cluster(int64_t first_block, int64_t blocks, int threads, int cluster,
                  int64_t shared_bytes) {
   size_t count = size_t(threads) * size_t(cluster);
@@ -200,22 +240,10 @@ void run_cluster(int64_t first_block, int64_t blocks, int threads, int cluster,
   state.cluster_arrived = state.cluster_generation = 0;
   state.cluster_threads = int(count);
 
-  std::vector<size_t> turns(count);
-  std::iota(turns.begin(), turns.end(), size_t(0));
-  if (state.order == backwards) std::reverse(turns.begin(), turns.end());
-  for (bool alive = true; alive;) {
-    if (state.order == shuffled) std::shuffle(turns.begin(), turns.end(), state.random);
-    bool progress = alive = false;
-    for (size_t i : turns) {
-      Fiber& fiber = *state.fibers[i];
-      if (can_run(fiber)) {
-        switch_to(&fiber);
-        progress = true;
-      }
-      if (!state.error.empty()) throw std::runtime_error(state.error);
-      alive = alive || !fiber.done;
-    }
-    if (alive && !progress) throw std::runtime_error("some threads wait for others forever");
+  while (std::any_of(state.fibers.begin(), state.fibers.begin() + ptrdiff_t(count),
+                     [](const auto& fiber) { return !fiber->done; })) {
+    bool progress = state.order == shuffled ? run_mixed(count) : run_unfair(threads, cluster);
+    if (!progress) throw std::runtime_error("some threads wait for others forever");
   }
   for (const Block& block : state.blocks) {
     if (!margins_are_whole(block)) throw std::runtime_error("written beyond shared memory");
@@ -316,7 +344,10 @@ void check_global(const void* p, int64_t bytes) {
   check_aligned(p);
   auto at = static_cast<const char*>(p);
   for (auto [start, size] : state.tensors) {
-    if (at >= start && at + bytes <= start + size) return;
+    if (at >= start && at + bytes <= start + size) {
+      state.wide_accesses += bytes / 16;
+      return;
+    }
   }
   fail("a wide access outside of all tensors");
 }
@@ -381,6 +412,7 @@ void emulator_configure(int arch, int processors, int64_t shared_per_block,
   emulator::state.random.seed(1);
   emulator::state.tensors.clear();
   emulator::state.launches.clear();
+  emulator::state.wide_accesses = 0;
 }
 
 void emulator_add_tensor(const char* start, int64_t bytes) {
@@ -389,6 +421,10 @@ void emulator_add_tensor(const char* start, int64_t bytes) {
 
 const char* emulator_launches() {
   return emulator::state.launches.c_str();
+}
+
+int64_t emulator_wide_accesses() {
+  return emulator::state.wide_accesses;
 }
 
 const char* emulator_forward_workspace(const psa::Tail* tail, int path, int64_t* bytes) {

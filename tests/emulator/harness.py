@@ -156,7 +156,9 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         for name in ("launches", "forward", "forward_workspace", "backward", "backward_workspace"):
             getattr(self._library, f"emulator_{name}").restype = ctypes.c_char_p
+        self._library.emulator_wide_accesses.restype = ctypes.c_int64
         self.path, self.order, self.card = "automatic", "forwards", Card()
+        self.wide_bytes = 0  # of global memory, read or written 16 at a time by the last call
         self.launches: list[str] = []  # the last call's, "*4" behind it: clusters of 4
 
     def forward(
@@ -243,6 +245,7 @@ class Emulator:
         memory = ctypes.c_void_p(workspace.address_range()[0])
         self._try(name, ctypes.byref(tail), ctypes.byref(other), path, memory)
         self.launches = self._library.emulator_launches().decode().split()
+        self.wide_bytes = 16 * self._library.emulator_wide_accesses()
         for t in inputs:
             t.check(unchanged=True)
         for t in (*outputs, workspace):
