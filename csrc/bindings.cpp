@@ -137,13 +137,12 @@ struct OnCuda {
 };
 #endif
 
-// Runs the forward; squeeze and attention (B, S, C) are what saved(sizes, dtype, like) makes of
-// them.
-template <class Device, class Saved>
+// Runs the forward; allocate(tail, branches[0]) says where squeeze and attention go.
+template <class Device, class Allocate>
 Tensor run_forward(std::vector<Tensor> branches, const Tensor& fc1_weight, const Tensor& fc1_bias,
                    const Tensor& fc2_weight, const Tensor& fc2_bias,
                    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                   bool relu, int64_t path, const Saved& saved) {
+                   bool relu, int64_t path, const Allocate& allocate) {
   const Tensor x = branches.empty() ? Tensor() : branches[0];
   const bool channels_last = !branches.empty() && x.dim() == 4 && all_channels_last(branches);
   Call call = make_call(std::move(branches), fc1_weight, fc1_bias, fc2_weight, fc2_bias);
@@ -158,7 +157,7 @@ Tensor run_forward(std::vector<Tensor> branches, const Tensor& fc1_weight, const
     epilogue.shift = matrix(*shift, "shift");
   }
   const Tensor out = empty_image(tail.B, tail.S * tail.C, x.size(2), x.size(3), channels_last, x);
-  saved(tail, x);
+  allocate(tail, x);
   if (tail.B > 0) {
     tail.cat = strided(out, out.mutable_data_ptr());
     Device::forward(tail, epilogue, x, path);
@@ -185,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> branches, const T
   return {out, squeeze, attention};
 }
 
-// The output alone: handing the others to Python and back takes longer than to compute them.
+// The output alone: inference has no use for the others, and Python would have to be handed them.
 template <class Device>
 Tensor inference(std::vector<Tensor> branches, const Tensor& fc1_weight, const Tensor& fc1_bias,
                  const Tensor& fc2_weight, const Tensor& fc2_bias,

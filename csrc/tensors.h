@@ -37,23 +37,7 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   int32_t device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  int32_t code = 0;
-  switch (dtype) {
-    case ScalarType::Half:
-      code = aoti_torch_dtype_float16();
-      break;
-    case ScalarType::BFloat16:
-      code = aoti_torch_dtype_bfloat16();
-      break;
-    case ScalarType::Float:
-      code = aoti_torch_dtype_float32();
-      break;
-    case ScalarType::Double:
-      code = aoti_torch_dtype_float64();
-      break;
-    default:
-      code = aoti_torch_dtype_uint8();
-  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
                                                          strides.data(), code, device_type,

@@ -22,7 +22,9 @@ def check_psa_tail(
     relu: bool,
 ) -> None:
     """Raise TypeError or ValueError unless psa_tail accepts these arguments."""
-    first, C = _check_branches(branches)
+    _check_branches(branches)
+    first = branches[0]
+    C = first.shape[1]
     # The hidden width R is whatever fc1_weight says; the other three have to agree with it.
     _check_tensor("fc1_weight", fc1_weight, first)
     if fc1_weight.dim() not in (2, 4) or fc1_weight.shape[0] < 1:
@@ -32,93 +34,74 @@ def check_psa_tail(
         )
     R = fc1_weight.shape[0]
     _check_shape("fc1_weight", fc1_weight, (R, C, 1, 1), (R, C))
-    _check_tensor("fc1_bias", fc1_bias, first)
-    _check_shape("fc1_bias", fc1_bias, (R,))
-    _check_tensor("fc2_weight", fc2_weight, first)
-    _check_shape("fc2_weight", fc2_weight, (C, R, 1, 1), (C, R))
-    _check_tensor("fc2_bias", fc2_bias, first)
-    _check_shape("fc2_bias", fc2_bias, (C,))
-    if not isinstance(relu, bool):
-        raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
-    if scale is None and shift is None and not relu:
-        return
+    for name, tensor, shapes in (
+        ("fc1_bias", fc1_bias, [(R,)]),
+        ("fc2_weight", fc2_weight, [(C, R, 1, 1), (C, R)]),
+        ("fc2_bias", fc2_bias, [(C,)]),
+    ):
+        _check_tensor(name, tensor, first)
+        _check_shape(name, tensor, *shapes)
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None:
             _check_tensor(name, vector, first)
             _check_shape(name, vector, (len(branches) * C,))
-    _refuse_gradients([*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift])
+    if not isinstance(relu, bool):
+        raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
+    if scale is not None or shift is not None or relu:
+        tensors = [*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift]
+        _refuse_gradients(tensors)
 
 
-def _check_branches(branches: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """The first branch, and C."""
+def _check_branches(branches: Sequence[Tensor]) -> None:
     if not isinstance(branches, (list, tuple)):
         raise TypeError(
             f"psa_tail: branches must be a list or tuple of tensors, got {type(branches).__name__}"
         )
     if len(branches) < 2:
         raise ValueError(f"psa_tail: branches must hold at least two tensors, got {len(branches)}")
-    first = branches[0]
     for i, x in enumerate(branches):
-        if not _is_accepted(x, first):
-            _refuse_tensor(f"branches[{i}]", x, first)
+        _check_tensor(f"branches[{i}]", x, branches[0])
         if x.dim() != 4:
             raise ValueError(
                 f"psa_tail: branches[{i}] must be (B, C, H, W), got {x.dim()} dimensions: "
                 f"{tuple(x.shape)}"
             )
-        if x.shape != first.shape:
+        if x.shape != branches[0].shape:
             raise ValueError(
                 f"psa_tail: branches must have one shape, but branches[0] is "
-                f"{tuple(first.shape)} and branches[{i}] is {tuple(x.shape)}"
+                f"{tuple(branches[0].shape)} and branches[{i}] is {tuple(x.shape)}"
             )
-        if x.dtype != first.dtype:
+        if x.dtype != branches[0].dtype:
             raise TypeError(
-                f"psa_tail: branches must have one dtype, but branches[0] is {first.dtype} "
+                f"psa_tail: branches must have one dtype, but branches[0] is {branches[0].dtype} "
                 f"and branches[{i}] is {x.dtype}"
             )
-    _, C, H, W = first.shape
-    if C < 1 or H < 1 or W < 1:
+    if min(branches[0].shape[1:]) < 1:
         raise ValueError(
-            f"psa_tail: branches must be (B, C, H, W) with C, H, W >= 1, got {tuple(first.shape)}"
+            f"psa_tail: branches must be (B, C, H, W) with C, H, W >= 1, "
+            f"got {tuple(branches[0].shape)}"
         )
-    return first, C
 
 
 def _check_tensor(name: str, value: Tensor, like: Tensor) -> None:
-    if not _is_accepted(value, like):
-        _refuse_tensor(name, value, like)
-
-
-def _is_accepted(value: Tensor, like: Tensor) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.dtype in DTYPES
-        and value.layout is torch.strided
-        and value.device == like.device
-    )
-
-
-def _refuse_tensor(name: str, value: Tensor, like: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"psa_tail: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"psa_tail: {name} must be {_DTYPE_NAMES}, got {value.dtype}")
-    if value.layout is not torch.strided:
+    if value.layout != torch.strided:
         raise TypeError(f"psa_tail: {name} must be a dense tensor, got layout {value.layout}")
-    raise ValueError(
-        f"psa_tail: all tensors must be on one device, but branches[0] is on {like.device} "
-        f"and {name} is on {value.device}"
-    )
+    if value.device != like.device:
+        raise ValueError(
+            f"psa_tail: all tensors must be on one device, but branches[0] is on {like.device} "
+            f"and {name} is on {value.device}"
+        )
 
 
 def _check_shape(name: str, tensor: Tensor, *accepted: tuple[int, ...]) -> None:
     # `shape in accepted` would say the same, but torch.compile can't trace it with dynamic sizes.
-    shape = tensor.shape
-    for candidate in accepted:
-        if shape == candidate:
-            return
-    shapes = " or ".join(str(candidate) for candidate in accepted)
-    raise ValueError(f"psa_tail: {name} must be {shapes}, got {tuple(shape)}")
+    if not any(tensor.shape == shape for shape in accepted):
+        shapes = " or ".join(str(shape) for shape in accepted)
+        raise ValueError(f"psa_tail: {name} must be {shapes}, got {tuple(tensor.shape)}")
 
 
 def _refuse_gradients(tensors: Sequence[Tensor | None]) -> None:

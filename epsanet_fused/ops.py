@@ -104,16 +104,18 @@ def _without_gradient(
     """The output by the compiled library, or None where another backend or autograd has to run.
 
     It spares the checks in Python, as the library refuses whatever they refuse, and two more trips
-    through Python: together they cost more than a small tail.
+    through Python: the smaller the tail, the more they weigh.
     """
-    has_epilogue = scale is not None or shift is not None or relu is not False
+    if not isinstance(branches, (list, tuple)):
+        return None
     tensors = (*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if has_epilogue or not isinstance(branches, (list, tuple)):
-        check_psa_tail(branches, *tensors[-4:], scale, shift, relu)
     _refuse_forward_mode(tensors)
     path = native_path(name, branches)
     if path is None or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None
+    if scale is not None or shift is not None or relu is not False:
+        # What the library can't know: whether these require a gradient, or relu came as a number.
+        check_psa_tail(branches, *tensors[-4:], scale, shift, relu)
     return _inference(branches, *tensors[-4:], scale, shift, relu, path)
 
 

@@ -27,11 +27,28 @@ def test_examples_run() -> None:
     assert names["out"].shape == (2, 64, 5, 5)
 
 
-def test_the_table_is_the_measured_one() -> None:
-    file = ROOT / "benchmarks/results/cpu-intel-xeon/tail-inference.csv"
+def results(name: str) -> list[dict[str, str]]:
+    file = ROOT / "benchmarks/results/cpu-intel-xeon" / name
     with file.open(newline="") as lines:
-        measured = {(r["stage"], r["provider"]): float(r["ms_p50"]) for r in csv.DictReader(lines)}
+        return list(csv.DictReader(lines))
+
+
+def test_the_table_is_the_measured_one() -> None:
+    rows = results("tail-inference.csv")
+    measured = {(r["stage"], r["provider"]): float(r["ms_p50"]) for r in rows}
     shown = re.findall(r"^(S\d)\s+(\S+)\s+\S+\s+([\d.]+)\s+\[", README, re.MULTILINE)
     assert len(shown) == len(measured)
     for stage, provider, milliseconds in shown:
         assert float(milliseconds) == round(measured[stage, provider], 3)
+
+
+def test_the_speeds_at_batch_1_are_the_measured_ones() -> None:
+    for dtype in ("float32", "bfloat16"):
+        low, high = re.search(rf"([\d.]+) to ([\d.]+) times \({dtype}\)", README).groups()
+        speeds = [
+            float(r["speedup"])
+            for r in results("tail-targets.csv")
+            if (r["batch"], r["dtype"], r["provider"]) == ("1", dtype, "fused")
+        ]
+        assert len(speeds) == 8
+        assert (float(low), float(high)) == (round(min(speeds), 1), round(max(speeds), 1))

@@ -1,5 +1,5 @@
-// One instruction set's kernels are a namespace; this is the table of them. All that those sources
-// include comes before they set their target.
+// Each instruction set's kernels are a namespace of their own. What their sources include from
+// elsewhere is included here, before they set their target.
 #pragma once
 
 #include <cstddef>

@@ -92,7 +92,6 @@ Recalibrate recalibrate_of(const Problem& p, Layout layout) {
   q.shape = p.shape;
   copy_tensors(p.backward() ? p.grads : p.parts, q.parts);
   q.cat = p.cat;
-  q.floor = -std::numeric_limits<float>::infinity();
   int64_t wanted = 2 * p.limits.processors, S = p.shape.S;
   if (layout == Layout::runs) {
     int64_t vectors = p.shape.run * p.size / 16 + 2;  // with one that is cut off at each end
@@ -197,7 +196,6 @@ OnePass one_pass_of(const Problem& p, int cluster) {
   copy_tensors(p.parts, q.parts);
   copy_tensors(p.grads, q.grads);
   q.cat = p.cat;
-  q.floor = -std::numeric_limits<float>::infinity();
   q.gate.R = int32_t(p.tail.se.R);
   q.cluster = cluster;
   if (p.layout == Layout::runs) {
@@ -243,6 +241,15 @@ int choose(const Problem& p, Path path) {
   return cluster;
 }
 
+// Of a forward; null in a backward.
+template <class Params>
+void set_epilogue(Params& q, const Epilogue* epilogue) {
+  q.floor = epilogue && epilogue->relu ? 0 : -std::numeric_limits<float>::infinity();
+  if (!epilogue) return;
+  q.scale = epilogue->scale;
+  q.shift = epilogue->shift;
+}
+
 void run_two_pass(const Problem& p, const Scratch& scratch, const Epilogue* epilogue,
                   void* stream) {
   Sums sums = sums_of(p, scratch.sums);
@@ -257,11 +264,7 @@ void run_two_pass(const Problem& p, const Scratch& scratch, const Epilogue* epil
   Recalibrate q = recalibrate_of(p, layout);
   q.gate = gate;
   q.gate.done = alone;
-  if (epilogue) {
-    q.scale = epilogue->scale;
-    q.shift = epilogue->shift;
-    if (epilogue->relu) q.floor = 0;
-  }
+  set_epilogue(q, epilogue);
   launch_recalibrate(q, p.tail.dtype, layout, p.backward(), stream);
 }
 
@@ -269,11 +272,7 @@ void run_one_pass(const Problem& p, const Scratch& scratch, const Epilogue* epil
                   void* stream) {
   OnePass q = one_pass_of(p, cluster);
   q.gate = gate_parameters(p, scratch);
-  if (epilogue) {
-    q.scale = epilogue->scale;
-    q.shift = epilogue->shift;
-    if (epilogue->relu) q.floor = 0;
-  }
+  set_epilogue(q, epilogue);
   launch_one_pass(q, p.tail.dtype, p.layout, p.backward(), stream);
 }
 

@@ -16,7 +16,6 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/cuda.h"
 #include "../../csrc/cuda/kernels.h"
 #include "intrinsics.h"
 
@@ -384,25 +383,7 @@ Limits limits_of(int) {
 
 }  // namespace psa::cuda
 
-// What the tests call. Each returns an error's message: "" is success.
-namespace {
-
-template <class F>
-const char* guarded(F f) {
-  static std::string message;
-  message.clear();
-  try {
-    f();
-  } catch (const std::invalid_argument& error) {
-    message = std::string("invalid: ") + error.what();
-  } catch (const std::exception& error) {
-    message = std::string("error: ") + error.what();
-  }
-  return message.c_str();
-}
-
-}  // namespace
-
+// What the tests set and ask.
 extern "C" {
 
 void emulator_configure(int arch, int processors, int64_t shared_per_block,
@@ -425,28 +406,5 @@ const char* emulator_launches() {
 
 int64_t emulator_wide_accesses() {
   return emulator::state.wide_accesses;
-}
-
-const char* emulator_forward_workspace(const psa::Tail* tail, int path, int64_t* bytes) {
-  return guarded([&] { *bytes = psa::cuda::forward_workspace(*tail, psa::cuda::Path(path), 0); });
-}
-
-const char* emulator_forward(const psa::Tail* tail, const psa::Epilogue* epilogue, int path,
-                             void* workspace) {
-  return guarded(
-      [&] { psa::cuda::forward(*tail, *epilogue, psa::cuda::Path(path), 0, workspace, nullptr); });
-}
-
-const char* emulator_backward_workspace(const psa::Tail* tail, const psa::Gradients* gradients,
-                                        int path, int64_t* bytes) {
-  return guarded(
-      [&] { *bytes = psa::cuda::backward_workspace(*tail, *gradients, psa::cuda::Path(path), 0); });
-}
-
-const char* emulator_backward(const psa::Tail* tail, const psa::Gradients* gradients, int path,
-                              void* workspace) {
-  return guarded([&] {
-    psa::cuda::backward(*tail, *gradients, psa::cuda::Path(path), 0, workspace, nullptr);
-  });
 }
 }

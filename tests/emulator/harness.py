@@ -25,6 +25,7 @@ SOURCES = [
         for name in ("sums.cu", "recalibrate.cu", "one_pass.cu", "fc_grad.cu", "cuda.cpp")
     ),
     "tests/emulator/emulator.cpp",
+    "tests/emulator/operator.cpp",
 ]
 PATHS = {"automatic": 0, "one_pass": 1, "two_pass": 2}
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
