@@ -27,19 +27,26 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "10")
 
 import torch
 from checks import Judge
+from cold import make_clock
 from environment import describe
 from inputs import STAGES, Settings, Source, Workload
 from memory import peak_extra_bytes
 from options import add_shared, finish_shared, positive_int
-from providers import PROVIDERS, Prepared, defaults
-from report import AXES, COLUMNS, label, plot, progress, table, write_csv
-from timing import Clock, Timing, Variant, interleave, make_clock
+from providers import PROVIDERS, RIVAL, Prepared, defaults
+from report import AXES, COLUMNS, label, plot, table, write_csv
 
 import epsanet_fused as ef
 from epsanet_fused.backends import VARIANTS
+from epsanet_fused.progress import progress
+from epsanet_fused.timing import Clock, Timing, Variant, interleave
 
 # What each mode has to move, in N: see above.
 NECESSARY = {"inference": 2, "training": 5, "backward": 3}
+
+
+LAYOUTS = ("nchw", "channels_last")
+# The row of each provider, and what there is to time of those whose results are right.
+Checked = tuple[dict[str, dict[str, object]], dict[str, Prepared]]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,7 +57,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--stages", choices=tuple(STAGES), nargs="+", default=list(STAGES))
     add("--batch", type=positive_int, nargs="+", default=[8])
     add("--dtype", choices=("float32", "float16", "bfloat16"), nargs="+", default=["float32"])
-    add("--layout", choices=("nchw", "channels_last"), nargs="+", default=["nchw"])
+    add("--layout", choices=("nchw", "channels_last", "best"), nargs="+", default=["nchw"],
+        help="best: for each provider of --scope network its faster one")  # fmt: skip
     add("--cache", choices=("warm", "cold"), nargs="+", default=["warm"],
         help="cold empties the last-level cache before each call")  # fmt: skip
     add("--providers", choices=tuple(PROVIDERS), nargs="+", help="default: all that can run here")
@@ -62,6 +70,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     finish_shared(parser, args)
     if args.scope != "tail" and "backward" in args.mode:
         parser.error("argument --mode: backward by itself is timed for --scope tail only")
+    if args.scope != "network" and "best" in args.layout:
+        parser.error("argument --layout: best is for --scope network")
     if args.input == "photos" and importlib.util.find_spec("sklearn") is None:
         parser.error(
             "argument --input: photos needs scikit-learn, which isn't installed; install it, or "
@@ -79,6 +89,10 @@ def sweep(args: argparse.Namespace) -> list[Settings]:
         Settings(args.scope, mode, stage, batch, dtype, layout)
         for mode, batch, dtype, layout, stage in points
     ]
+
+
+def words(settings: Settings) -> str:
+    return " ".join(map(str, settings))
 
 
 class Bench:
@@ -101,8 +115,13 @@ class Bench:
         """Check every provider against the oracle, then time those that passed, interleaved."""
         began = time.perf_counter()
         torch._dynamo.reset()  # one case's compilations don't count against the next one's limit
-        workload = self.source.workload(settings)
-        rows, steps = self._check(workload, settings)
+        choices = LAYOUTS if settings.layout == "best" else (settings.layout,)
+        attempts = [
+            self._check(self.source.workload(s), s, i == 0)
+            for i, s in enumerate(settings._replace(layout=layout) for layout in choices)
+        ]
+        rows, steps = self._faster(attempts)
+        workload = self.source.workload(settings._replace(layout=choices[0]))
         for name, step in steps.items():
             if step.memory_step is not None:
                 with ef.use_backend(step.choice):
@@ -120,6 +139,19 @@ class Bench:
                     row |= figures(timings[name], timings, workload.output_bytes, necessary)
                 self.rows.append(row)
 
+    def _faster(self, attempts: list[Checked]) -> Checked:
+        """Of each provider the attempt in the layout in which it is faster."""
+        rows, steps = attempts[0]
+        clock = next(iter(self.clocks.values()))
+        for other_rows, other_steps in attempts[1:]:
+            for name, step in other_steps.items():
+                both = {"other": step} | ({"first": steps[name]} if name in steps else {})
+                pair = {key: _variant(s) for key, s in both.items()}
+                timings = interleave(pair, clock, reps=5, seconds=0)
+                if min(timings, key=lambda key: timings[key].p50) == "other":
+                    rows[name], steps[name] = other_rows[name], step
+        return rows, steps
+
     def fail(self, settings: Settings, error: Exception) -> None:
         """A case that came to nothing, such as one that doesn't fit into memory."""
         self.rows.append(self._row(settings, "all") | failure(error))
@@ -129,19 +161,26 @@ class Bench:
         about = {"provider": provider, "input": self.args.input}
         return row | settings._asdict() | self.environment | about
 
-    def _check(
-        self, workload: Workload, settings: Settings
-    ) -> tuple[dict[str, dict[str, object]], dict[str, Prepared]]:
-        """A row for each provider, and what there is to time of those whose results are right."""
-        judge = Judge(workload, settings)
+    def _check(self, workload: Workload, settings: Settings, first: bool) -> Checked:
+        """A row for each provider, and what there is to time of those whose results are right.
+
+        Those that choose their layout themselves are there at the first attempt only.
+        """
+        judges = {False: Judge(workload, settings)}
+        if any(name.startswith(RIVAL) for name in self.names):
+            judges[True] = Judge(workload.rival, settings)
         rows: dict[str, dict[str, object]] = {}
         steps: dict[str, Prepared] = {}
         for name in self.names:
+            provider = PROVIDERS[name]
+            again = provider.own_layout and not first
+            if again or not provider.fits(settings.scope, settings.mode):
+                continue
             row = rows[name] = self._row(settings, name)
             try:
                 step = PROVIDERS[name].prepare(workload, settings.mode, settings.autocast)
                 with ef.use_backend(step.choice):
-                    verdict = judge.judge(step.step())
+                    verdict = judges[name.startswith(RIVAL)].judge(step.step())
             except Exception as error:  # one broken provider must not take the others along
                 # Half a backend may not take every problem, and says so.
                 refused = name in VARIANTS and isinstance(error, ValueError)
@@ -161,14 +200,15 @@ def failure(error: Exception) -> dict[str, object]:
 
 def variants(steps: dict[str, Prepared], workload: Workload) -> dict[str, Variant]:
     """What to time against each other: the providers, and in the tail a copy of its output."""
-    found = {
-        name: Variant(step.step, functools.partial(ef.use_backend, step.choice))
-        for name, step in steps.items()
-    }
+    found = {name: _variant(step) for name, step in steps.items()}
     if workload.output_bytes is not None:
         joined = torch.cat([x.detach() for x in workload.inputs], 1)
         found["copy"] = Variant(joined.clone, nullcontext)
     return found
+
+
+def _variant(step: Prepared) -> Variant:
+    return Variant(step.step, functools.partial(ef.use_backend, step.choice))
 
 
 def figures(
@@ -201,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
     bench = Bench(args)
     points = sweep(args)
     reached = 0
-    for i, settings in progress(points):
+    for i, settings in progress(points, "case", words):
         left = args.seconds - (time.perf_counter() - began)
         if left <= 0 and i > 0:
             break

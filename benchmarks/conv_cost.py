@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from environment import describe
 from inputs import SEED, STAGES
 from options import add_shared, finish_shared, positive_int
-from report import align, progress, write_csv
-from timing import Clock, Timing, Variant, interleave, make_clock
+from report import align, write_csv
 from torch import Tensor
 
+from epsanet_fused.conv_weights import merge_weight
+from epsanet_fused.progress import progress
 from epsanet_fused.reference import CONV_GROUPS, CONV_KERNELS
+from epsanet_fused.timing import Clock, Timing, Variant, interleave, make_clock
 
 PASSES = ("forward", "dgrad", "wgrad")
 # The fewest output channels that a merged group may have; 1 leaves the groups as they are.
@@ -80,19 +82,8 @@ def merges(channels_out: int, groups: int) -> dict[str, int]:
     return found
 
 
-def merge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
-    """The block-diagonal weight (K, C / merged, k, k) that does with ``merged`` groups what
-    ``weight`` (K, C / groups, k, k) does with ``groups``."""
-    K, inputs, k, _ = weight.shape
-    factor = groups // merged
-    blocks = weight.new_zeros(merged, factor, K // groups, factor, inputs, k, k)
-    grouped = weight.view(merged, factor, K // groups, inputs, k, k)
-    blocks.diagonal(dim1=1, dim2=3).copy_(grouped.movedim(1, -1))
-    return blocks.view(K, factor * inputs, k, k)
-
-
 def unmerge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
-    """Its inverse, for gradients: what stands on the blocks' diagonals."""
+    """The inverse of merge_weight, for gradients: what stands on the blocks' diagonals."""
     K, inputs, k, _ = weight.shape
     factor = groups // merged
     blocks = weight.reshape(merged, factor, K // groups, factor, inputs // factor, k, k)
@@ -122,7 +113,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device: torch.device = args.device
-        self.clock: Clock = make_clock(self.device, cold=False)
+        self.clock: Clock = make_clock(self.device)
         self.environment = describe(self.device)
         self.rows: list[dict[str, object]] = []
         self._errors: dict[tuple[str, int, int], float] = {}
@@ -241,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    for i, conv in progress(convs):
+    for i, conv in progress(convs, "case", lambda conv: " ".join(map(str, conv))):
         left = deadline - time.perf_counter()
         try:
             if left > 0:

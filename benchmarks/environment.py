@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import epsanet_fused as ef
+from epsanet_fused.machine import cpu_model
 
 SMI_FIELDS = (
     "name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm",
@@ -36,14 +37,6 @@ def describe(device: torch.device) -> dict[str, str]:
         "epsanet_fused": ef.__version__,
         "threads": str(torch.get_num_threads()),
     }
-
-
-def cpu_model() -> str:
-    """The processor's name as its maker gives it, or at least the architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def triton_version() -> str:

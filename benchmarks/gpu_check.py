@@ -34,7 +34,9 @@ from gpu_plan import (
     plan,
     with_deadline,
 )
-from report import COLUMNS, align, plot, read_csv, write_atomically, write_csv
+from report import COLUMNS, align, plot, read_csv, write_csv
+
+from epsanet_fused.files import write_atomically
 
 NO_GPU = 2
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,19 @@ class Workload:
     fused: nn.Module
     inputs: tuple[Tensor, ...]  # those that require a gradient get one in training
     output_bytes: int | None  # N, for the tail
+    rival: Workload | None = None  # for the network: ResNet-50, of the same code
+
+
+class ResNetBlock(ef.EPSABlock):
+    """The block that EPSANet's comes from: a 3x3 convolution where that has its PSA module."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, *args: Any, **options: Any):
+        super().__init__(inplanes, planes, stride, *args, **options)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+
+
+def resnet50() -> nn.Module:
+    return ef.EPSANet(ResNetBlock, [3, 4, 6, 3])
 
 
 class Source:
@@ -117,8 +131,10 @@ class Source:
         fused = copy.deepcopy(literal)
         for block in (b for layer in _layers(fused) for b in layer):
             block.conv2 = ef.FusedPSAModule.from_reference(block.conv2)
-        images = self._place(self._images(settings.batch), settings)
-        return Workload(literal, fused, (images.requires_grad_(False),), None)
+        images = (self._place(self._images(settings.batch), settings).requires_grad_(False),)
+        resnet = self._place_weights(self._resnet, settings).train(literal.training)
+        rival = Workload(resnet, resnet, images, None)
+        return Workload(literal, fused, images, None, rival)
 
     def _noise(self, *shape: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(SEED)
@@ -131,7 +147,11 @@ class Source:
 
     @functools.cached_property
     def _network(self) -> ef.EPSANet:
-        return calibrated_network(self._images(2).cpu())
+        return calibrated(functools.partial(ef.epsanet50, fused=False), self._images(2).cpu())
+
+    @functools.cached_property
+    def _resnet(self) -> nn.Module:
+        return calibrated(resnet50, self._images(2).cpu())
 
     @functools.cached_property
     def _activations(self) -> dict[str, Tensor]:
@@ -190,11 +210,11 @@ def load_photos() -> Tensor:
     return (x - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
 
 
-def calibrated_network(images: Tensor) -> ef.EPSANet:
-    """A seeded official EPSANet-50 in eval mode whose BatchNorms know the images' statistics."""
+def calibrated(build: Callable[[], nn.Module], images: Tensor) -> nn.Module:
+    """A seeded network in eval mode whose BatchNorms know the images' statistics."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = ef.epsanet50(fused=False)
+        network = build()
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

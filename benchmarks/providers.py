@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import epsanet_fused as ef
 from epsanet_fused.backends import VARIANTS, resolve
 
+RIVAL = "resnet50:"  # before the name of a provider that runs ResNet-50
 Step = Callable[[], list[Tensor]]
 
 
@@ -37,6 +39,12 @@ class Provider(NamedTuple):
 
     prepare: Callable[[Workload, str, torch.dtype | None], Prepared]
     unavailable: Callable[[torch.device], str | None]
+    scopes: tuple[str, ...] = ("tail", "module", "network")
+    modes: tuple[str, ...] = ("inference", "training", "backward")
+    own_layout: bool = False  # whether it chooses its memory format itself
+
+    def fits(self, scope: str, mode: str) -> bool:
+        return scope in self.scopes and mode in self.modes
 
 
 def make_step(
@@ -106,6 +114,51 @@ def _compiled(
     backend = f"inductor+{ran('auto', workload.inputs[0].device)}" if ours else "inductor"
     # max-autotune replays CUDA graphs, whose memory pool a replay doesn't allocate from.
     return Prepared(step, backend, "auto", None if compile_mode else step)
+
+
+def _frozen(
+    prepare: Callable[[Workload], nn.Module],
+    workload: Workload,
+    mode: str,
+    autocast: torch.dtype | None,
+) -> Prepared:
+    """torch.compile with freezing: weights are constants, folded and packed by Inductor."""
+    from torch._inductor import config as inductor
+
+    module = prepare(workload)
+    compiled = torch.compile(module, dynamic=False)
+    with inductor.patch(freezing=True):
+        step = make_step(compiled, workload.inputs, mode, autocast)
+        step()
+    return Prepared(step, "inductor", "auto", step)
+
+
+def _optimized(
+    cuda_graph: bool, workload: Workload, mode: str, autocast: torch.dtype | None
+) -> Prepared:
+    module = optimized(workload, cuda_graph)
+    step = make_step(module, workload.inputs, mode, autocast)
+    return Prepared(step, ran("auto", workload.inputs[0].device), "auto", step)
+
+
+_optimized_models: list[tuple[nn.Module, bool, nn.Module]] = []
+
+
+def optimized(workload: Workload, cuda_graph: bool = False) -> nn.Module:
+    """What optimize_for_inference makes of the official network; made once for all providers."""
+    for model, graphed, made in _optimized_models:
+        if model is workload.literal and graphed == cuda_graph:
+            return made
+    made = ef.optimize_for_inference(workload.literal, *workload.inputs, cuda_graph=cuda_graph)
+    print(f"\n{made.report}\n", file=sys.stderr)
+    del _optimized_models[:-3]  # those of earlier cases
+    _optimized_models.append((workload.literal, cuda_graph, made))
+    return made
+
+
+def _of_rival(prepare, workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
+    assert workload.rival is not None
+    return prepare(workload.rival, mode, autocast)
 
 
 @contextmanager
@@ -202,6 +255,19 @@ def _table() -> dict[str, Provider]:
         "fused-compile": Provider(bind(_compiled, True, None), _needs_compiler),
         "fused-graph": Provider(bind(_graphed, ours), _needs_cuda),
     }
+    network = {"scopes": ("network",), "modes": ("inference",)}
+    frozen = bind(_frozen, lambda workload: workload.literal)
+    optimal = {**network, "own_layout": True}
+    table |= {
+        "compile-freezing": Provider(frozen, _needs_compiler, **network),
+        "optimized": Provider(bind(_optimized, False), _anywhere, **optimal),
+        "optimized-compile": Provider(bind(_frozen, optimized), _needs_compiler, **optimal),
+        "optimized-graph": Provider(bind(_optimized, True), _needs_cuda, **optimal),
+    }
+    for name in ("eager", "compile", "compile-freezing", "optimized", "optimized-compile",
+                 "optimized-graph"):  # fmt: skip
+        rival = bind(_of_rival, table[name].prepare)
+        table[RIVAL + name] = table[name]._replace(prepare=rival, scopes=("network",))
     for name in (*ef.backends(), *VARIANTS):
         if name != "reference":  # that is "cleaned"
             table[name] = Provider(bind(_ours, name), bind(_needs_backend, name))
@@ -221,6 +287,7 @@ def defaults(device: torch.device, scope: str) -> list[str]:
     return [
         name
         for name, provider in PROVIDERS.items()
-        if name not in (*doubles, *VARIANTS)
+        if scope in provider.scopes
+        and name not in (*doubles, *VARIANTS)
         and (name in ("compile", *ef.backends()) or provider.unavailable(device) is None)
     ]

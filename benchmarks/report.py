@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+
+from epsanet_fused.files import write_atomically
 
 Row = Mapping[str, object]
-Point = TypeVar("Point", bound=tuple[Any, ...])
 
 COLUMNS = (
     "scope", "mode", "stage", "batch", "dtype", "layout", "cache", "input", "provider", "backend",
@@ -21,19 +18,6 @@ COLUMNS = (
     "device", "driver", "python", "torch", "triton", "cuda", "cudnn", "epsanet_fused", "threads",
 )  # fmt: skip
 AXES = ("mode", "batch", "dtype", "layout", "cache")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of the file or none of it, whatever happens meanwhile."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
@@ -151,18 +135,3 @@ def _bars(axes, rows: Sequence[Row], cases, varying, offset: float, width: float
     spread = [[m - x for m, x in zip(mid, low, strict=True)],
               [x - m for m, x in zip(mid, high, strict=True)]]  # fmt: skip
     axes.bar(places, mid, width, yerr=spread, capsize=2, label=str(rows[0]["provider"]))
-
-
-def progress(points: Sequence[Point]) -> Iterator[tuple[int, Point]]:
-    """The points, numbered, with a sign of life on stderr for each."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        for i, point in enumerate(points):
-            print(f"[{i + 1}/{len(points)}] {' '.join(map(str, point))}", file=sys.stderr)
-            yield i, point
-        return
-    with tqdm(points, file=sys.stderr, unit="case") as bar:
-        for i, point in enumerate(bar):
-            bar.set_description(" ".join(map(str, point)))
-            yield i, point

@@ -3,6 +3,8 @@
 from epsanet_fused._version import __version__
 from epsanet_fused.backends import backends, use_backend
 from epsanet_fused.checkpoint import load_checkpoint
+from epsanet_fused.conv_plan import plan_convs, use_plans
+from epsanet_fused.inference import optimize_for_inference
 from epsanet_fused.models import (
     EPSABlock,
     EPSANet,
@@ -28,6 +30,9 @@ __all__ = [
     "epsanet101",
     "epsanet101_large",
     "load_checkpoint",
+    "optimize_for_inference",
+    "plan_convs",
     "psa_tail",
     "use_backend",
+    "use_plans",
 ]

@@ -6,11 +6,25 @@ import torch.fx
 from torch import Tensor, nn
 
 from epsanet_fused.ops import psa_tail
+from epsanet_fused.planned_conv import merged_conv
 from epsanet_fused.reference import PSAModule
 
 torch.fx.wrap("psa_tail")  # symbolic tracing takes the operator as a whole
 
-_CONVS = ("conv_1", "conv_2", "conv_3", "conv_4")
+CONVS = ("conv_1", "conv_2", "conv_3", "conv_4")
+LAYERS = (*CONVS, "se.fc1", "se.fc2")
+
+
+def missing_layers(module: nn.Module) -> list[str]:
+    """The Conv2d layers that ``module`` lacks to be a PSA module, by structure and not by class."""
+    se = getattr(module, "se", None)
+    layers = {name: getattr(module, name, None) for name in CONVS}
+    layers |= {f"se.{name}": getattr(se, name, None) for name in ("fc1", "fc2")}
+    return [name for name, layer in layers.items() if not isinstance(layer, nn.Conv2d)]
+
+
+def is_psa(module: nn.Module) -> bool:
+    return not missing_layers(module)
 
 
 class FusedPSAModule(PSAModule):
@@ -31,20 +45,26 @@ class FusedPSAModule(PSAModule):
         Raises:
             TypeError: if ``module`` isn't built that way.
         """
-        se = getattr(module, "se", None)
-        layers = {name: getattr(module, name, None) for name in _CONVS}
-        layers |= {f"se.{name}": getattr(se, name, None) for name in ("fc1", "fc2")}
-        if wrong := [name for name, layer in layers.items() if not isinstance(layer, nn.Conv2d)]:
+        if wrong := missing_layers(module):
             raise TypeError(
                 f"FusedPSAModule.from_reference: module must be a PSAModule, with Conv2d layers "
-                f"{', '.join(layers)}; {type(module).__name__} has none at {', '.join(wrong)}"
+                f"{', '.join(LAYERS)}; {type(module).__name__} has none at {', '.join(wrong)}"
             )
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
-        for name in (*_CONVS, "se"):
+        for name in (*CONVS, "se"):
             fused.add_module(name, getattr(module, name))
         fused.training = module.training
         return fused
+
+    # How many groups to leave in each convolution, see conv_plan.use_plans; None: as they are.
+    merged_groups: tuple[int, ...] | None = None
+
+    def convolve(self, x: Tensor) -> list[Tensor]:
+        if self.merged_groups is None:
+            return super().convolve(x)
+        pairs = zip(CONVS, self.merged_groups, strict=True)
+        return [merged_conv(x, getattr(self, name), groups) for name, groups in pairs]
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.se.fc1, self.se.fc2

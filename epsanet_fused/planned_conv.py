@@ -1,84 +1,30 @@
-"""How a convolution is executed, apart from what it is: merged or split groups, norms folded in.
-
-A grouped convolution that a library runs badly can be had from other convolutions, exactly:
-
-- *merged*: the weights of neighbouring groups in one block-diagonal weight, with zeros between
-  them, and fewer groups. More arithmetic, often far less time.
-- *split*: every input channel by itself (a depthwise convolution for each output of a group), then
-  a 1x1 convolution with ones adds up the channels of each group. No more arithmetic.
-
-``groups`` says which: the number of groups left for a merge, the number of input channels for a
-split, the convolution's own for neither.
-"""
+"""A convolution for inference: how it is executed, apart from what it is."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epsanet_fused.conv_weights import fold, merge_weight, narrow, split_weights, widen_weight
+from epsanet_fused.layout import is_channels_last
 
-def merge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
-    """The weight that does with ``merged`` groups what ``weight`` does with ``groups``.
 
-    Args:
-        weight: (K, C / groups, k, k).
-        groups: of the convolution that it belongs to.
-        merged: the number of groups to leave, a divisor of ``groups``.
+class ConvPlan(NamedTuple):
+    """How to execute a convolution; see conv_weights.py.
 
-    Returns:
-        (K, C / merged, k, k), block-diagonal; differentiable.
+    groups: how many groups to leave; the number of input channels for a split.
+    width: how many neighbouring pixels to make at once.
+    memory_format: to compute in; what comes in another is converted.
     """
-    K, inputs, *size = weight.shape
-    factor = groups // merged
-    blocks = weight.view(merged, factor, K // groups, inputs, *size)
-    # (merged, K / groups, C / groups, k, k, factor, factor), the last two a diagonal
-    blocks = torch.diag_embed(blocks.movedim(1, -1))
-    return blocks.movedim((-2, -1), (1, 3)).reshape(K, factor * inputs, *size)
 
-
-def split_weights(weight: Tensor, groups: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Depthwise weights, and the 1x1 weights that add up what they make.
-
-    Args:
-        weight: (K, C / groups, k, k).
-
-    Returns:
-        K / groups weights (C, 1, k, k), and as many (K, C, 1, 1) of zeros and ones: the j-th pair
-        makes the j-th output channel of every group.
-    """
-    K, inputs, *size = weight.shape
-    outputs = K // groups
-    grouped = weight.view(groups, outputs, inputs, *size)
-    depthwise = [w.reshape(groups * inputs, 1, *size) for w in grouped.unbind(1)]
-    sums = weight.new_zeros(outputs, groups, outputs, groups, inputs)
-    for j in range(outputs):
-        sums[j, :, j].diagonal().fill_(1)
-    return depthwise, [w.view(K, groups * inputs, 1, 1) for w in sums.unbind(0)]
-
-
-def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the convolution that does what ``conv`` and then ``norm`` in eval do."""
-    weight, bias = conv.weight.detach(), conv.bias
-    if norm is None:
-        return weight, None if bias is None else bias.detach()
-    scale, shift = affine(norm)
-    weight = weight.to(scale.dtype) * scale[:, None, None, None]
-    return weight, shift if bias is None else torch.addcmul(shift, bias.detach(), scale)
-
-
-def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The scale and shift (C,) that a BatchNorm2d in eval comes to, at least in float32."""
-    mean, var = norm.running_mean.detach(), norm.running_var.detach()
-    wide = torch.promote_types(var.dtype, torch.float32)
-    scale = torch.rsqrt(var.to(wide) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    shift = -mean.to(wide) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach()
+    groups: int
+    width: int = 1
+    memory_format: torch.memory_format = torch.contiguous_format
 
 
 class Call(NamedTuple):
@@ -93,68 +39,65 @@ class Call(NamedTuple):
 
 
 class Derived(nn.Module):
-    """Something made from other modules' parameters, and remade when one of them changes.
+    """A module that takes the place of another one, and computes with tensors made from its.
 
-    The sources stay where they are, in the checkpoint's shapes: a Derived adds nothing to the
-    state_dict. It isn't copied or pickled either, only remade.
+    It has the parameters of the ``origin`` under the same names, so that a state_dict doesn't
+    change. What it makes of them, and of those of a ``norm`` that stays where it is, is made again
+    when one of them changes; it is neither saved nor copied.
     """
 
-    def __init__(self, *sources: nn.Module | None) -> None:
+    def __init__(self, origin: nn.Module, norm: nn.Module | None) -> None:
         super().__init__()
-        # In a tuple, or they would be registered a second time.
-        self._sources = tuple(s for s in sources if s is not None)
-        self._state: object = None
+        for name, parameter in origin._parameters.items():  # None, too
+            self.register_parameter(name, parameter)
+        self.training = False
+        # In a tuple, or it would be registered a second time.
+        self._norms = () if norm is None else (norm,)
+        self._forget()
 
-    def derive(self) -> object:
+    @property
+    def norm(self) -> nn.Module | None:
+        return self._norms[0] if self._norms else None
+
+    def derive(self) -> Any:
+        """Makes the tensors to compute with."""
         raise NotImplementedError
 
-    def state(self) -> object:
-        """What ``derive`` made of the sources as they are now."""
-        if torch.compiler.is_compiling():
-            return self._state
-        stamp = tuple(
-            (id(t), t._version)
-            for source in self._sources
-            for t in (*source._parameters.values(), *source._buffers.values())
-            if t is not None
-        )
-        if self._state is None or stamp != self._stamp:
+    def derived(self) -> Any:
+        """What ``derive`` makes of the parameters as they are now."""
+        tensors = [*self._parameters.values()]
+        for norm in self._norms:
+            tensors += (*norm._parameters.values(), *norm._buffers.values())
+        versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
+        if versions != self._versions or not all(map(operator.is_, tensors, self._tensors)):
             with torch.inference_mode(False), torch.no_grad():
-                self._state, self._stamp = self.derive(), stamp
-        return self._state
+                self._derived = self.derive()
+            self._tensors, self._versions = tensors, versions
+        return self._derived
+
+    def _forget(self) -> None:
+        # The tensors themselves, since another one may come to have the same id.
+        self._derived, self._tensors, self._versions = None, [], None
 
     def _apply(self, fn, recurse=True):
-        self._state = None
+        self._forget()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):
-        return super().__getstate__() | {"_state": None}
-
-
-class FoldedNorm(Derived):
-    """The scale and shift of a BatchNorm2d in eval, for the tail's epilogue."""
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__(norm)
-
-    def derive(self) -> tuple[Tensor, Tensor]:
-        return affine(self._sources[0])
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.state()
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_derived": None, "_tensors": [], "_versions": None}
 
 
 class PlannedConv(Derived):
-    """A Conv2d for inference, with the BatchNorm2d that follows it folded in, run as planned.
+    """A Conv2d in inference, with what follows it: a BatchNorm2d, a residual, a ReLU.
 
     Args:
         conv: with zeros for its padding.
-        norm: what follows it, or None.
-        groups: how to run it, see above; None runs it as it is.
-        memory_format: to run in; what comes in another is converted.
-        dtype: to compute in; None is the convolution's own.
+        norm: the BatchNorm2d that follows it, or None.
+        plan: how to run it; None as it is, in ``memory_format``.
+        memory_format: of what comes out.
+        fold: make the norm part of the convolution's weights.
         fused_calls: use the library's own convolution + residual + relu where it has one; on CPUs,
-            in channels_last, the weights are then kept in the order that oneDNN likes best.
+            in channels_last, with weights in the order that oneDNN likes best.
 
     Shape: (B, C, H, W) -> (B, K, H', W').
     """
@@ -162,64 +105,112 @@ class PlannedConv(Derived):
     def __init__(
         self,
         conv: nn.Conv2d,
-        norm: nn.BatchNorm2d | None = None,
+        norm: nn.Module | None = None,
         *,
-        groups: int | None = None,
+        plan: ConvPlan | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
-        dtype: torch.dtype | None = None,
+        fold: bool = True,
         fused_calls: bool = True,
     ) -> None:
         super().__init__(conv, norm)
-        self.groups = groups or conv.groups
+        self.plan = plan or ConvPlan(conv.groups, 1, memory_format)
         self.memory_format = memory_format
-        self.dtype = dtype
+        self.fold = fold
         self.fused_calls = fused_calls
-        self._packed: tuple[object, list[Call]] | None = None
+        self.groups, self.stride, self.dilation = conv.groups, conv.stride, conv.dilation
+        self.padding = _padding(conv)
 
     def derive(self) -> list[Call]:
-        conv, norm = (*self._sources, None)[:2]
-        weight, bias = fold(conv, norm)
-        geometry = (conv.stride, _padding(conv), conv.dilation)
-        if self.groups <= conv.groups:
-            merged = merge_weight(weight, conv.groups, self.groups)
-            return [self._call(merged, bias, self.groups, *geometry)]
-        calls = []
-        for depthwise, ones in zip(*split_weights(weight, conv.groups), strict=True):
-            calls.append(self._call(depthwise, None, self.groups, *geometry))
-            calls.append(self._call(ones, bias, 1, (1, 1), (0, 0), (1, 1)))
-            bias = None  # once is enough
-        return calls
+        weight, bias = fold(self.weight, self.bias, self.norm if self.fold else None)
+        groups, width, _ = self.plan
+        geometry = (self.stride, self.padding, self.dilation)
+        if groups > self.groups:
+            calls = []
+            for depthwise, ones in zip(*split_weights(weight, self.groups), strict=True):
+                calls.append(self._call(depthwise, None, groups, *geometry))
+                calls.append(self._call(ones, bias, 1, (1, 1), (0, 0), (1, 1)))
+                bias = None  # once is enough
+            return calls
+        weight = merge_weight(weight, self.groups, groups)
+        if width > 1:
+            down, along = self.stride
+            weight = widen_weight(weight, groups, width, along)
+            if bias is not None:
+                bias = bias.view(groups, 1, -1).expand(-1, width, -1).flatten()
+            geometry = ((down, along * width), *geometry[1:])
+        return [self._call(weight, bias, groups, *geometry)]
 
     def _call(self, weight: Tensor, bias: Tensor | None, *geometry) -> Call:
-        dtype = self.dtype or self._sources[0].weight.dtype
         # A copy also where nothing is folded, merged or cast: the source may be written to.
-        weight = weight.to(dtype, memory_format=self.memory_format, copy=True)
-        return Call(weight, None if bias is None else bias.to(dtype, copy=True), *geometry)
+        weight = weight.to(self.weight.dtype, memory_format=self.plan.memory_format, copy=True)
+        return Call(weight, None if bias is None else bias.to(weight.dtype, copy=True), *geometry)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """relu(conv(x) + residual), each part where it is asked for."""
-        calls, run = self.state(), run_plain
-        x = x.contiguous(memory_format=self.memory_format)
-        if self.fused_calls and not torch.compiler.is_compiling():
-            run = fused_call(x.device.type, x.dtype)
-            # With packed weights what comes out is always channels_last.
-            if run is run_onednn and self.memory_format == torch.channels_last and x.numel():
-                calls = self._pack(calls, x)
-        if len(calls) == 1:
-            return run(calls[0], x, residual, relu)
-        for depthwise, ones in zip(calls[:-2:2], calls[1:-2:2], strict=True):
-            residual = run(ones, run(depthwise, x, None, False), residual, False)
-        return run(calls[-1], run(calls[-2], x, None, False), residual, relu)
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """relu(norm(conv(x)) + residual), each part where it is asked for.
+
+        Args:
+            overwrite: the residual's memory may be used for what comes out.
+        """
+        x = x.contiguous(memory_format=self.plan.memory_format)
+        if self.norm is None or self.fold:
+            out = self._convolve(x, residual, relu, overwrite)
+        else:
+            out = _then(self.norm(self._convolve(x, None, False, False)), residual, relu)
+        return out.contiguous(memory_format=self.memory_format)
+
+    def _convolve(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor:
+        if torch.compiler.is_compiling() or x.numel() == 0:
+            # Compilers see a computation on parameters, which freezing does once and for all.
+            calls, run = self.derive(), run_plain
+        else:
+            calls, run = self.derived(), run_plain
+            if self.fused_calls:
+                run = fused_call(x.device.type, x.dtype)
+                # With packed weights what comes out is always channels_last.
+                if run is run_onednn and self.plan.memory_format == torch.channels_last:
+                    calls = self._pack(calls, x)
+        if self.plan.width > 1:
+            return _then(self._convolve_wide(calls[0], run, x), residual, relu)
+        *pairs, last = calls
+        for depthwise, ones in zip(pairs[:-1:2], pairs[1:-1:2], strict=True):
+            residual = run(ones, run(depthwise, x), residual, False, overwrite)
+            overwrite = True
+        if pairs:
+            x = run(pairs[-1], x)
+        return run(last, x, residual, relu, overwrite)
+
+    def _convolve_wide(self, call: Call, run, x: Tensor) -> Tensor:
+        width = self.plan.width
+        (_, along), (down, padding) = self.stride, self.padding
+        reach = self.weight.shape[3] - 1
+        columns = (x.shape[3] + 2 * padding - reach - 1) // along + 1
+        # Where width doesn't divide them, a few more to the left and to the right, and then cut.
+        extra = (-columns % width + 1) // 2
+        out = run(call._replace(padding=(down, padding + along * extra)), x)
+        return narrow(out, call.groups, width, extra, columns)
 
     def _pack(self, calls: list[Call], x: Tensor) -> list[Call]:
         """The calls with weights in oneDNN's order for x; right for any other size, too."""
-        if self._packed is None or self._packed[0] is not calls:
+        if not isinstance(calls, _Packed):
             with torch.inference_mode(False), torch.no_grad():
-                self._packed = calls, [_packed(call, x) for call in calls]
-        return self._packed[1]
+                self._derived = calls = _Packed(_packed(call, x) for call in calls)
+        return calls
 
-    def __getstate__(self):
-        return super().__getstate__() | {"_packed": None}
+
+class _Packed(list):
+    """Calls whose weights only oneDNN can read."""
+
+
+def _then(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        out = out + residual
+    return F.relu(out) if relu else out
 
 
 def _packed(call: Call, x: Tensor) -> Call:
@@ -244,34 +235,66 @@ def fused_call(device_type: str, dtype: torch.dtype):
     return run_plain
 
 
-def run_plain(call: Call, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+# Each of these gives relu(call(x) + residual), in the residual's memory if overwrite allows it.
+def run_plain(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    overwrite: bool = False,
+) -> Tensor:
     weight, bias, groups, stride, padding, dilation = call
-    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
-        out = out + residual
-    return F.relu(out) if relu else out
+    return _then(F.conv2d(x, weight, bias, stride, padding, dilation, groups), residual, relu)
 
 
-def run_onednn(call: Call, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    if x.numel() == 0:
-        return run_plain(call, x, residual, relu)
+def run_onednn(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    overwrite: bool = False,
+) -> Tensor:
     weight, bias, groups, stride, padding, dilation = call
     geometry = (padding, stride, dilation, groups)
-    convolve = torch.ops.mkldnn._convolution_pointwise
+    ops = torch.ops.mkldnn
     if residual is None:
-        return convolve(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
-    after = "relu" if relu else None
-    return convolve(x, residual, weight, bias, *geometry, "add", 1.0, after, [], None)
+        after = "relu" if relu else "none"
+        return ops._convolution_pointwise(x, weight, bias, *geometry, after, [], "")
+    if groups > 1 or not is_channels_last(x):
+        # It would add by a kernel that isn't there for 16 bits.
+        return _then(
+            ops._convolution_pointwise(x, weight, bias, *geometry, "none", [], ""), residual, relu
+        )
+    addition = (weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], None)
+    if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
+        return ops._convolution_pointwise_(residual, x, *addition)
+    return ops._convolution_pointwise(x, residual, *addition)
 
 
-def run_cudnn(call: Call, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def run_cudnn(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    overwrite: bool = False,
+) -> Tensor:
     weight, bias, groups, stride, padding, dilation = call
     if not relu:
-        return run_plain(call, x, residual, relu)
+        return run_plain(call, x, residual)
     geometry = (stride, padding, dilation, groups)
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+
+def merged_conv(x: Tensor, conv: nn.Conv2d, groups: int) -> Tensor:
+    """``conv(x)`` with ``groups`` groups, for training.
+
+    The merge is part of what autograd sees: the library's forward and both of its backwards are
+    those of the merged convolution, and the weight's gradient arrives in the weight's own shape.
+    """
+    weight = merge_weight(conv.weight, conv.groups, groups)
+    return F.conv2d(x, weight, conv.bias, conv.stride, _padding(conv), conv.dilation, groups)
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int]:

@@ -16,7 +16,6 @@ import argparse
 import csv
 import io
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import epsanet_fused as ef
+from epsanet_fused.files import write_atomically
 
 DTYPE = torch.float64
 TOLERANCE = 1e-6
@@ -205,16 +205,6 @@ def curves_png(plain: Curve, fused: Curve) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of the file or nothing, also if the process dies on the way."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from scripts import PNG, rows_of, script
 
+from epsanet_fused import timing
+from epsanet_fused.files import write_atomically
+
 
 def assert_sound(rows: list[dict[str, str]]) -> None:
     """Every row is timed, and right where there is something to be right about."""
@@ -207,12 +210,10 @@ def test_cpu_peak_memory_counts_what_is_held_at_one_time(bench):
     assert peak(lambda: a.add_(1), cpu) == pytest.approx(0, abs=100)
 
 
-def test_interleaving_gives_every_variant_the_same_share(bench):
-    timing = bench("timing")
-    from contextlib import nullcontext
-
+def test_interleaving_gives_every_variant_the_same_share():
     class Counting:
         name = "counting"
+        single = False
 
         def __init__(self):
             self.order = []
@@ -222,8 +223,7 @@ def test_interleaving_gives_every_variant_the_same_share(bench):
             return 5.0 if call() == "slow" else 3.0
 
     clock = Counting()
-    variants = {name: timing.Variant(lambda name=name: name, nullcontext) for name in
-                ("slow", "fast")}  # fmt: skip
+    variants = {name: timing.Variant(lambda name=name: name) for name in ("slow", "fast")}
     timings = timing.interleave(variants, clock, reps=7, seconds=60)
     turns = [tuple(clock.order[-14:][i : i + 2]) for i in range(0, 14, 2)]
     assert set(turns) == {("slow", "fast"), ("fast", "slow")}, "each in every turn, in any order"
@@ -233,8 +233,8 @@ def test_interleaving_gives_every_variant_the_same_share(bench):
     assert few["fast"].samples == timing.FEWEST_SAMPLES, "the budget ends it, but not below that"
 
 
-def test_medians_within_their_uncertainty_tie(bench):
-    summarise = bench("timing").summarise
+def test_medians_within_their_uncertainty_tie():
+    summarise = timing.summarise
     noisy = [1.0 + i / 100 for i in range(100)]
     assert summarise(noisy).ties(summarise([x + 0.05 for x in noisy]))
     assert not summarise(noisy).ties(summarise([x + 0.5 for x in noisy]))
@@ -242,24 +242,22 @@ def test_medians_within_their_uncertainty_tie(bench):
 
 
 def test_cold_clock_refills_the_cache_before_every_call(bench):
-    timing = bench("timing")
     source, target = torch.ones(4), torch.zeros(4)
     seen = []
-    cold = timing.ColdClock(timing.CpuClock(1), source, target)
+    cold = bench("cold").ColdClock(timing.CpuClock(1), source, target)
     cold.measure(lambda: (seen.append(target.sum().item()), target.zero_()), calls=3)
     assert seen == [4, 4, 4]
 
 
-def test_files_are_whole_or_absent(bench, tmp_path, monkeypatch):
-    report = bench("report")
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    report.write_atomically(path, b"before")
+    write_atomically(path, b"before")
 
     def fails(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(path, b"after")
+        write_atomically(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path], "no temporary file stays"

@@ -11,12 +11,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from environment import cache_bytes
 
 FEWEST_SAMPLES = 5
 # Long enough that the clock's resolution and the price of reading it are far below a percent.
@@ -43,13 +42,14 @@ class Variant(NamedTuple):
     """One of the things to compare: what to call, and a context to be in, outside the timing."""
 
     call: Callable[[], object]
-    context: Callable[[], AbstractContextManager[object]]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class Clock(Protocol):
     """Measures milliseconds per call of a function called ``calls`` times in a row."""
 
     name: str
+    single: bool  # whether each call is measured by itself, never several in a row
 
     def measure(self, call: Callable[[], object], calls: int) -> float: ...
 
@@ -59,6 +59,7 @@ class CpuClock:
     """Process CPU time for one thread, which no neighbour disturbs; wall time for more."""
 
     threads: int
+    single: bool = False
 
     @property
     def name(self) -> str:
@@ -77,6 +78,7 @@ class CudaClock:
     """Device events around the calls. A host that is slower than the device shows, as it should."""
 
     name: str = "device events"
+    single: bool = False
 
     def measure(self, call: Callable[[], object], calls: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -88,38 +90,9 @@ class CudaClock:
         return start.elapsed_time(end) / calls
 
 
-@dataclass(frozen=True)
-class ColdClock:
-    """Fills the last-level cache with something else before each call, outside the timing.
-
-    It does so by a copy, which leaves half the cache to be written back, as a steady stream of such
-    calls would: reading alone would give the call's own writes away for free, writing alone would
-    charge it for more than its own.
-    """
-
-    clock: Clock
-    source: torch.Tensor
-    target: torch.Tensor
-
-    @property
-    def name(self) -> str:
-        return f"{self.clock.name}, cold"
-
-    def measure(self, call: Callable[[], object], calls: int) -> float:
-        total = 0.0
-        for _ in range(calls):
-            self.target.copy_(self.source)
-            total += self.clock.measure(call, 1)
-        return total / calls
-
-
-def make_clock(device: torch.device, cold: bool) -> Clock:
-    cuda = device.type == "cuda"
-    clock: Clock = CudaClock() if cuda else CpuClock(torch.get_num_threads())
-    if not cold:
-        return clock
-    source = torch.ones(2 * cache_bytes(device), dtype=torch.uint8, device=device)
-    return ColdClock(clock, source, torch.empty_like(source))
+def make_clock(device: torch.device) -> Clock:
+    """The clock that times what runs on this device."""
+    return CudaClock() if device.type == "cuda" else CpuClock(torch.get_num_threads())
 
 
 def interleave(
@@ -147,7 +120,7 @@ def _calls_per_sample(variant: Variant, clock: Clock) -> int:
         for _ in range(2):
             variant.call()
         ms = clock.measure(variant.call, 1)
-    if isinstance(clock, ColdClock):
+    if clock.single:
         return 1
     return max(1, min(MOST_CALLS, round(SAMPLE_SECONDS * 1e3 / max(ms, 1e-6))))
 

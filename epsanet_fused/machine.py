@@ -1,0 +1,32 @@
+"""What a measurement was taken on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def cpu_model() -> str:
+    """The processor's name as its maker gives it, or at least the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name, with the number of threads for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{cpu_model()}, {torch.get_num_threads()} thread(s)"
+    return str(device.type)
+
+
+def library_versions(device: torch.device) -> str:
+    """The versions of PyTorch and of the library that runs its convolutions there."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    return f"torch {torch.__version__}"  # which has its oneDNN inside

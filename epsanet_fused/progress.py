@@ -1,0 +1,26 @@
+"""Signs of life during long work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def progress(
+    items: Sequence[Item], unit: str, describe: Callable[[Item], str]
+) -> Iterator[tuple[int, Item]]:
+    """The items, numbered; a bar on stderr says which one is at work, or a line for each."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        for i, item in enumerate(items):
+            print(f"[{i + 1}/{len(items)}] {describe(item)}", file=sys.stderr)
+            yield i, item
+        return
+    with tqdm(items, file=sys.stderr, unit=unit) as bar:
+        for i, item in enumerate(bar):
+            bar.set_description(describe(item))
+            yield i, item

@@ -1,0 +1,185 @@
+"""What of a model can be rewritten, shown to be the same, and the rewritten model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from epsanet_fused.conv_plan import inputs_of
+from epsanet_fused.modules import CONVS, is_psa
+from epsanet_fused.planned_blocks import (
+    PassedNorm,
+    PlannedBlock,
+    PlannedPSA,
+    PlannedStage,
+    Rewrites,
+    is_norm,
+    is_plain_conv,
+)
+
+_BLOCK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample")
+
+
+class Targets(NamedTuple):
+    """The names of what can be rewritten, and of what can't, with the reason."""
+
+    blocks: list[str]
+    psas: list[str]  # that are in no such block
+    stems: list[str]  # modules with a conv1 and then a bn1 of their own around the blocks
+    left_alone: dict[str, str]
+
+
+def find_targets(model: nn.Module, args: tuple[Any, ...]) -> Targets:
+    """Looks for blocks and PSA modules by structure, and shows on noise that they are such.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    modules = dict(model.named_modules())
+    seen = {name: m for name, m in modules.items() if _like_block(m) or is_psa(m)}
+    inputs = inputs_of(seen, model, args)
+    left: dict[str, str] = {}
+    blocks, psas = [], []
+    for name, module in seen.items():
+        inside = name.rpartition(".")[0]
+        if inside in blocks:
+            continue
+        kind = blocks if _like_block(module) else psas
+        reason = _why_not(module) or _differs(name, module, inputs.get(name))
+        if reason is None:
+            kind.append(name)
+        else:
+            left[name or type(model).__name__] = reason
+    if not blocks and not psas:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+        raise ValueError(
+            f"optimize_for_inference: model must hold an EPSABlock or a PSA module that can be "
+            f"rewritten, but {type(model).__name__} {f'has only {reasons}' if left else 'has none'}"
+        )
+    return Targets(blocks, psas, _stems(model, modules, blocks, args), left)
+
+
+def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
+    """The rewritten model. It shares its parameters with ``model``, which stays as it is."""
+    made = sharing_copy(model)
+    for name in targets.stems:
+        stem = made.get_submodule(name)
+        if rewrites.fold:
+            stem.conv1 = rewrites.conv(f"{name}.conv1".lstrip("."), stem.conv1, stem.bn1)
+            stem.bn1 = PassedNorm(stem.bn1)
+    for name in targets.psas:
+        made = _replace(made, name, PlannedPSA(name, made.get_submodule(name), None, rewrites))
+    for name in targets.blocks:
+        made = _replace(made, name, PlannedBlock(name, made.get_submodule(name), rewrites))
+    for name, stage in list(made.named_modules()):
+        in_row = type(stage) is nn.Sequential and len(stage) > 0 and not hooks_of(stage)
+        if in_row and all(isinstance(block, PlannedBlock) for block in stage):
+            made = _replace(made, name, PlannedStage(*stage).eval())
+    return made
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules, with the very same parameters and buffers."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, memo={id(t): t for t in tensors})
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    if not name:
+        return module
+    root.set_submodule(name, module)
+    return root
+
+
+def _like_block(module: nn.Module) -> bool:
+    has_all = all(hasattr(module, name) for name in _BLOCK)
+    return has_all and (is_psa(module.conv2) or isinstance(module.conv2, nn.Conv2d))
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """What forbids to go around the parts of a block or of a PSA module."""
+    for name, part in module.named_modules():
+        if hooks_of(part):
+            return f"{name or 'it'} has hooks"
+        if parametrize.is_parametrized(part):
+            return f"{name or 'it'} has parametrised weights"
+    is_block = _like_block(module)
+    psa = module.conv2 if is_block else module
+    convs = [(name, getattr(psa, name)) for name in CONVS] if is_psa(psa) else [("conv2", psa)]
+    if is_block:
+        convs += [(name, getattr(module, name)) for name in ("conv1", "conv3")]
+    for name, conv in convs:
+        if not is_plain_conv(conv):
+            return f"{name} isn't a plain Conv2d with zeros around the image, but {conv}"
+    if is_block:
+        for name in ("bn1", "bn2", "bn3"):
+            if not is_norm(getattr(module, name)):
+                kind = type(getattr(module, name)).__name__
+                return f"{name} is a {kind}, not a BatchNorm2d with running statistics"
+    return None
+
+
+def hooks_of(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
+
+
+def _differs(name: str, module: nn.Module, x: Tensor | None) -> str | None:
+    """Whether the module is something else than what it is built like."""
+    if x is None:
+        return "the example input doesn't reach it, or it takes more than one tensor"
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    rewrites = Rewrites()
+    planned = (
+        PlannedBlock(name, module, rewrites)
+        if _like_block(module)
+        else PlannedPSA(name, module, None, rewrites)
+    )
+    true, out = module(noise.clone()), planned(noise)
+    if not isinstance(true, Tensor) or true.shape != out.shape:
+        return "its output isn't that of such a module"
+    true, out = true.double(), out.double()
+    distance = ((out - true).norm() / (true.norm() or 1)).item()
+    allowed = max(1e-4, 16 * torch.finfo(x.dtype).eps)
+    if not distance <= allowed:
+        return f"it computes something else: {distance:.1e} from what such a module gives"
+    return None
+
+
+def _stems(
+    model: nn.Module, modules: dict[str, nn.Module], blocks: list[str], args: tuple[Any, ...]
+) -> list[str]:
+    """Modules around the blocks whose own bn1 gets just what their own conv1 makes."""
+    around = [
+        name
+        for name, m in modules.items()
+        if any(block.startswith(f"{name}.") or (not name and block) for block in blocks)
+        and is_plain_conv(getattr(m, "conv1", None))
+        and is_norm(getattr(m, "bn1", None))
+        and not any(
+            hooks_of(part) or parametrize.is_parametrized(part) for part in (m.conv1, m.bn1)
+        )
+    ]
+    made: dict[str, list[Tensor]] = {name: [] for name in around}
+    taken: dict[str, list[Tensor]] = {name: [] for name in around}
+    hooks = []
+    for name in around:
+        stem = modules[name]
+        hooks.append(
+            stem.conv1.register_forward_hook(lambda _m, _a, out, n=name: made[n].append(out))
+        )
+        hooks.append(
+            stem.bn1.register_forward_pre_hook(lambda _m, a, n=name: taken[n].append(a[0]))
+        )
+    model(*args)
+    for hook in hooks:
+        hook.remove()
+    return [
+        name
+        for name in around
+        if len(made[name]) == 1 and len(taken[name]) == 1 and made[name][0] is taken[name][0]
+    ]
