@@ -96,10 +96,10 @@ def split_weights(weight: Tensor, groups: int) -> tuple[list[Tensor], list[Tenso
     outputs = K // groups
     grouped = weight.view(groups, outputs, inputs, *size)
     depthwise = [w.reshape(groups * inputs, 1, *size) for w in grouped.unbind(1)]
-    sums = weight.new_zeros(outputs, groups, outputs, groups, inputs)
-    for j in range(outputs):
-        sums[j, :, j].diagonal().fill_(1)
-    return depthwise, [w.view(K, groups * inputs, 1, 1) for w in sums.unbind(0)]
+    own = torch.eye(groups, dtype=weight.dtype, device=weight.device)[:, None, :, None]
+    output = torch.eye(outputs, dtype=weight.dtype, device=weight.device)[:, None, :, None, None]
+    sums = (own * output).expand(-1, -1, -1, -1, inputs)  # (j, groups, outputs, groups, inputs)
+    return depthwise, [w.reshape(K, groups * inputs, 1, 1) for w in sums.unbind(0)]
 
 
 def fold(
