@@ -128,7 +128,13 @@ def network_steps(scratch: Path) -> list[Step]:
         "--dtype", "float16", "--batch", "1", "128", "32",
         "--providers", "fused", "fused-compile", "fused-graph", *COMPILED,
     )  # fmt: skip
+    optimal = (
+        "--dtype", "float16", "--layout", "best", "--batch", "128", "1",
+        "--providers", "eager", "optimized", "optimized-graph",
+        "resnet50:eager", "resnet50:optimized", "resnet50:optimized-graph",
+    )  # fmt: skip
     return [
+        psa(scratch, "network-optimized", 70, "network", "inference", *optimal),
         psa(scratch, "network-inference", 30, "network", "inference", *plain),
         psa(scratch, "network-training", 35, "network", "training", *plain),
         psa(scratch, "compiled-inference", 70, "network", "inference", *compiled),

@@ -78,7 +78,7 @@ def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
     for name, stage in list(made.named_modules()):
         in_row = type(stage) is nn.Sequential and len(stage) > 0 and not hooks_of(stage)
         if in_row and all(isinstance(block, PlannedBlock) for block in stage):
-            made = _replace(made, name, PlannedStage(*stage).eval())
+            made = _replace(made, name, PlannedStage(stage._modules).eval())
     return made
 
 
@@ -107,6 +107,8 @@ def _why_not(module: nn.Module) -> str | None:
             return f"{name or 'it'} has hooks"
         if parametrize.is_parametrized(part):
             return f"{name or 'it'} has parametrised weights"
+    if module._parameters or module._buffers:
+        return "it has parameters or buffers of its own"
     is_block = _like_block(module)
     psa = module.conv2 if is_block else module
     convs = [(name, getattr(psa, name)) for name in CONVS] if is_psa(psa) else [("conv2", psa)]

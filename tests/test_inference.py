@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,6 @@ from epsanet_fused.timing import summarise
 
 NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 NONE = Rewrites(NCHW, fold=False, epilogue=False, fused_calls=False)
-OFF = {"fold": False, "epilogue": False, "fused_calls": False}
 optimize = ef.optimize_for_inference
 
 
@@ -140,7 +140,7 @@ def test_the_whole_way():
     model, x = small(), torch.randn(1, 3, 64, 64)
     state = copy.deepcopy(model.state_dict())
     random = torch.get_rng_state()
-    made = optimize(model, x)
+    made = pickle.loads(pickle.dumps(optimize(model, x)))
     assert torch.equal(torch.get_rng_state(), random)
     assert_same(model, made, x, torch.randn(3, 3, 50, 70))
     assert type(made) is ef.EPSANet
@@ -281,6 +281,15 @@ def test_psa_modules_in_other_blocks_and_by_themselves():
     assert_same(alone, optimize(alone, x), x)
 
 
+def test_stages_keep_the_names_of_their_blocks():
+    model, x = small(), torch.randn(2, 3, 64, 64)
+    model.layer2 = nn.Sequential(OrderedDict(zip("ab", model.layer2, strict=True)))
+    made = rewritten(model, x, ALONE["all"](model))
+    assert isinstance(made.layer2, PlannedStage)
+    assert list(made.state_dict()) == list(model.state_dict())
+    assert_same(model, made, x)
+
+
 def test_resnets_bottlenecks_too():
     model = small(ResNetBlock)
     x = torch.randn(2, 3, 64, 64)
@@ -327,6 +336,10 @@ ODD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "no running statistics": (
         lambda m: setattr(m.layer2[0], "bn2", nn.BatchNorm2d(64, track_running_stats=False)),
         "layer2.0: bn2 is a BatchNorm2d, not",
+    ),
+    "parameter of its own": (
+        lambda m: m.layer2[0].register_parameter("gamma", nn.Parameter(torch.ones(1))),
+        "layer2.0: it has parameters or buffers of its own",
     ),
     "natural order": (natural_order, "layer2.0: it computes something else"),
 }

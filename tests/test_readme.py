@@ -6,16 +6,18 @@ import csv
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import epsanet_fused as ef
+from epsanet_fused import conv_plan, inference
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_examples_run() -> None:
-    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     exec(first, names)
     assert names["logits"].shape == (2, 10)
@@ -25,6 +27,10 @@ def test_examples_run() -> None:
     names |= {"fc2_weight": se.fc2.weight, "fc2_bias": se.fc2.bias}
     exec(second, names)
     assert names["out"].shape == (2, 64, 5, 5)
+    monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
+    exec(third, names)
+    assert names["fast"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
 def results(name: str) -> list[dict[str, str]]:

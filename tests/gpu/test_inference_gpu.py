@@ -1,0 +1,88 @@
+"""Optimized models on a card: cuDNN's fused calls, CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from networks import ResNetBlock, small
+
+import epsanet_fused as ef
+from epsanet_fused import conv_plan, inference
+from epsanet_fused.planned_blocks import Rewrites
+from epsanet_fused.planned_conv import ConvPlan
+from epsanet_fused.rewrite import apply, find_targets
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
+    pytest.mark.filterwarnings("default"),
+]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.fixture(autouse=True)
+def _exact_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
+
+
+def case(dtype: torch.dtype, block=ef.EPSABlock):
+    return small(block).to("cuda", dtype), torch.randn(3, 3, 64, 64).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("block", [ef.EPSABlock, ResNetBlock], ids=["epsanet", "resnet"])
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_all_rewrites_at_most_double_the_error(dtype, memory_format, block):
+    model, x = case(dtype, block)
+    names = [n for n, m in model.named_modules() if getattr(m, "groups", 1) > 1]
+    widths = (1, 2) if dtype == torch.float32 else (1,)
+    plans = {
+        name: ConvPlan((1, 2)[i % 2], widths[i % len(widths)], memory_format)
+        for i, name in enumerate(names)
+    }
+    with torch.no_grad():
+        made = apply(model, find_targets(model, (x,)), Rewrites(memory_format, plans=plans))
+        true = copy.deepcopy(model).double()(x.double())
+        limit = 2 * (model(x).double() - true).norm() + torch.finfo(dtype).eps * true.norm()
+        assert (made(x).double() - true).norm() <= limit
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_whole_way(dtype, cuda_graph):
+    model, x = case(dtype)
+    made = ef.optimize_for_inference(model, x, cuda_graph=cuda_graph)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    with torch.no_grad():
+        for shape in [(3, 3, 64, 64), (3, 3, 64, 64), (1, 3, 50, 70)]:
+            images = torch.randn(shape).to(x)
+            true = model(images)
+            assert (made(images) - true).norm() <= tolerance * true.norm()
+    assert list(made.state_dict()) == list(model.state_dict())
+    assert ("CUDA graph" in str(made.report)) == cuda_graph
+
+
+def test_a_graph_follows_its_parameters_and_keeps_results_apart():
+    model, x = case(torch.float32)
+    with torch.no_grad():
+        made = inference.GraphedModel(
+            apply(model, find_targets(model, (x,)), Rewrites(torch.channels_last)), (x,)
+        )
+        first = made(x)
+        kept = first.clone()
+        made(torch.randn_like(x))
+        assert torch.equal(first, kept)
+        made.model.fc.weight.mul_(2)
+        made.model.layer1[0].conv1.weight.mul_(2)
+        torch.testing.assert_close(made(x), made.model(x), rtol=1e-4, atol=1e-4)
+        state = {k: v * 0.5 if v.is_floating_point() else v for k, v in made.state_dict().items()}
+        made.load_state_dict(state)
+        torch.testing.assert_close(made(x), made.model(x), rtol=1e-4, atol=1e-4)
+        for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            torch.testing.assert_close(twin(x), made(x), rtol=1e-4, atol=1e-4)
