@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -21,9 +22,9 @@ from epsanet_fused.timing import Variant, interleave, make_clock
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _FORMAT_NAMES = {memory_format: name for name, memory_format in FORMATS.items()}
-WIDTHS = (2, 4, 8)
-# A group with more outputs than these is neither split nor widened: neither has ever paid there.
-MOST_SPLIT, MOST_WIDE = 4, 64
+TILES = tuple(itertools.product((1, 2, 4), (1, 2, 4, 8)))
+# Groups with more outputs than this aren't widened: it has never paid there.
+MOST_WIDE = 32
 # What takes so many times as long as the best so far isn't timed any further.
 HOPELESS = 1.5
 REPS, SECONDS = 15, 0.4
@@ -160,7 +161,7 @@ def use_plans(model: nn.Module, plans: Mapping[str, ConvPlan]) -> None:
                 f"{next(iter(convs), 'none here')}, got {name!r}"
             )
         groups = convs[name].groups
-        if groups % plan.groups or plan.width != 1:
+        if groups % plan.groups or plan.tile != (1, 1):
             raise ValueError(
                 f"use_plans: plans[{name!r}] must leave a divisor of {groups} groups and make one "
                 f"pixel at a time, got {plan}"
@@ -215,20 +216,18 @@ def candidates(problem: Problem) -> list[ConvPlan]:
     """All plans worth a try, the convolution as it is first."""
     groups, memory_format = problem.groups, problem.memory_format
     divisors = [g for g in range(groups, 0, -1) if groups % g == 0]
-    plans = [ConvPlan(g, 1, memory_format) for g in divisors]
+    plans = [ConvPlan(g, (1, 1), memory_format) for g in divisors]
     if problem.training:
         return plans
     other = next(f for f in FORMATS.values() if f != memory_format)
-    plans += [ConvPlan(g, 1, other) for g in divisors]
-    if problem.channels // groups <= MOST_SPLIT:
-        plans.append(ConvPlan(problem.shape[1], 1, memory_format))
+    plans += [ConvPlan(g, (1, 1), other) for g in divisors]
     # In 16 bits oneDNN (as of PyTorch 2.13) gives wrong sums for some kernels of even width.
-    if problem.dtype == torch.float32 and problem.dilation[1] == 1:
+    if problem.dtype == torch.float32 and problem.dilation == (1, 1):
         plans += [
-            ConvPlan(g, width, memory_format)
-            for g in divisors
-            for width in WIDTHS
-            if width * problem.channels // g <= MOST_WIDE
+            ConvPlan(g, tile, memory_format)
+            for g in divisors[:2]
+            for tile in TILES[1:]
+            if tile[0] * tile[1] * problem.channels // g <= MOST_WIDE
         ]
     return plans
 
@@ -283,7 +282,10 @@ def _agrees(out: Tensor, true: Tensor, dtype: torch.dtype) -> bool:
 def _read(path: Path) -> dict[str, ConvPlan]:
     try:
         entries = json.loads(path.read_text())
-        return {key: ConvPlan(int(g), int(w), FORMATS[f]) for key, (g, w, f) in entries.items()}
+        return {
+            key: ConvPlan(int(groups), (int(rows), int(columns)), FORMATS[memory_format])
+            for key, (groups, rows, columns, memory_format) in entries.items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"plan_convs: file must hold plans as plan_convs writes them, but {path} doesn't "
@@ -292,5 +294,5 @@ def _read(path: Path) -> dict[str, ConvPlan]:
 
 
 def _write(path: Path, plans: Mapping[str, ConvPlan]) -> None:
-    entries = {key: (p.groups, p.width, _FORMAT_NAMES[p.memory_format]) for key, p in plans.items()}
+    entries = {key: (p.groups, *p.tile, _FORMAT_NAMES[p.memory_format]) for key, p in plans.items()}
     write_atomically(path, (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode())

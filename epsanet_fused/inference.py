@@ -47,7 +47,7 @@ def optimize_for_inference(
 
     - BatchNorms are folded into the convolutions before them, bn2 and its ReLU into the tail of the
       PSA module, residuals and ReLUs into the library's own convolution calls.
-    - Grouped convolutions run merged, widened or split, whichever is the fastest (``plan_convs``).
+    - Grouped convolutions run merged or widened, whichever is the fastest (``plan_convs``).
     - The memory format is chosen for the whole model.
 
     Each of these is measured on ``example_input``, on its device and with the present number of

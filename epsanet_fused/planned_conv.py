@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsanet_fused.conv_weights import fold, merge_weight, narrow, split_weights, widen_weight
+from epsanet_fused.conv_weights import fold, merge_weight, narrow, widen_weight
 from epsanet_fused.layout import is_channels_last
 
 
 class ConvPlan(NamedTuple):
     """How to execute a convolution; see conv_weights.py.
 
-    groups: how many groups to leave; the number of input channels for a split.
-    width: how many neighbouring pixels to make at once.
+    groups: how many groups to leave.
+    tile: how many neighbouring pixels to make at once: rows and columns.
     memory_format: to compute in; what comes in another is converted.
     """
 
     groups: int
-    width: int = 1
+    tile: tuple[int, int] = (1, 1)
     memory_format: torch.memory_format = torch.contiguous_format
 
 
@@ -113,37 +113,27 @@ class PlannedConv(Derived):
         fused_calls: bool = True,
     ) -> None:
         super().__init__(conv, norm)
-        self.plan = plan or ConvPlan(conv.groups, 1, memory_format)
+        self.plan = plan or ConvPlan(conv.groups, (1, 1), memory_format)
         self.memory_format = memory_format
         self.fold = fold
         self.fused_calls = fused_calls
         self.groups, self.stride, self.dilation = conv.groups, conv.stride, conv.dilation
         self.padding = _padding(conv)
 
-    def derive(self) -> list[Call]:
+    def derive(self) -> Call:
         weight, bias = fold(self.weight, self.bias, self.norm if self.fold else None)
-        groups, width, _ = self.plan
-        geometry = (self.stride, self.padding, self.dilation)
-        if groups > self.groups:
-            calls = []
-            for depthwise, ones in zip(*split_weights(weight, self.groups), strict=True):
-                calls.append(self._call(depthwise, None, groups, *geometry))
-                calls.append(self._call(ones, bias, 1, (1, 1), (0, 0), (1, 1)))
-                bias = None  # once is enough
-            return calls
+        groups, (rows, columns), memory_format = self.plan
         weight = merge_weight(weight, self.groups, groups)
-        if width > 1:
-            down, along = self.stride
-            weight = widen_weight(weight, groups, width, along)
+        if rows * columns > 1:
+            weight = widen_weight(weight, groups, (rows, columns), self.stride)
             if bias is not None:
-                bias = bias.view(groups, 1, -1).expand(-1, width, -1).flatten()
-            geometry = ((down, along * width), *geometry[1:])
-        return [self._call(weight, bias, groups, *geometry)]
-
-    def _call(self, weight: Tensor, bias: Tensor | None, *geometry) -> Call:
+                bias = bias.view(groups, 1, -1).expand(-1, rows * columns, -1).flatten()
+        stride = (self.stride[0] * rows, self.stride[1] * columns)
+        dtype = self.weight.dtype
         # A copy also where nothing is folded, merged or cast: the source may be written to.
-        weight = weight.to(self.weight.dtype, memory_format=self.plan.memory_format, copy=True)
-        return Call(weight, None if bias is None else bias.to(weight.dtype, copy=True), *geometry)
+        weight = weight.to(dtype, memory_format=memory_format, copy=True)
+        bias = None if bias is None else bias.to(dtype, copy=True)
+        return Call(weight, bias, groups, stride, self.padding, self.dilation)
 
     def forward(
         self,
@@ -167,44 +157,39 @@ class PlannedConv(Derived):
     def _convolve(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor:
         if torch.compiler.is_compiling() or x.numel() == 0:
             # Compilers see a computation on parameters, which freezing does once and for all.
-            calls, run = self.derive(), run_plain
+            call, run = self.derive(), run_plain
         else:
-            calls, run = self.derived(), run_plain
+            call, run = self.derived(), run_plain
             if self.fused_calls:
                 run = fused_call(x.device.type, x.dtype)
                 # With packed weights what comes out is always channels_last.
                 if run is run_onednn and self.plan.memory_format == torch.channels_last:
-                    calls = self._pack(calls, x)
-        if self.plan.width > 1:
-            return _then(self._convolve_wide(calls[0], run, x), residual, relu)
-        *pairs, last = calls
-        for depthwise, ones in zip(pairs[:-1:2], pairs[1:-1:2], strict=True):
-            residual = run(ones, run(depthwise, x), residual, False, overwrite)
-            overwrite = True
-        if pairs:
-            x = run(pairs[-1], x)
-        return run(last, x, residual, relu, overwrite)
+                    call = self._pack(call, x)
+        if self.plan.tile == (1, 1):
+            return run(call, x, residual, relu, overwrite)
+        return _then(self._convolve_wide(call, run, x), residual, relu)
 
     def _convolve_wide(self, call: Call, run, x: Tensor) -> Tensor:
-        width = self.plan.width
-        (_, along), (down, padding) = self.stride, self.padding
-        reach = self.weight.shape[3] - 1
-        columns = (x.shape[3] + 2 * padding - reach - 1) // along + 1
-        # Where width doesn't divide them, a few more to the left and to the right, and then cut.
-        extra = (-columns % width + 1) // 2
-        out = run(call._replace(padding=(down, padding + along * extra)), x)
-        return narrow(out, call.groups, width, extra, columns)
+        sizes, extras = [], []
+        geometry = zip(
+            x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.plan.tile,
+            strict=True,
+        )  # fmt: skip
+        for length, kernel, stride, padding, pixels in geometry:
+            size = (length + 2 * padding - kernel) // stride + 1
+            # Where tiles don't fit, a few more pixels on both sides, and then cut.
+            sizes.append(size)
+            extras.append((-size % pixels + 1) // 2)
+        padding = [p + s * e for p, s, e in zip(self.padding, self.stride, extras, strict=True)]
+        out = run(call._replace(padding=padding), x)
+        return narrow(out, call.groups, self.plan.tile, extras, sizes)
 
-    def _pack(self, calls: list[Call], x: Tensor) -> list[Call]:
-        """The calls with weights in oneDNN's order for x; right for any other size, too."""
-        if not isinstance(calls, _Packed):
+    def _pack(self, call: Call, x: Tensor) -> Call:
+        """The call with its weight in oneDNN's order for x; right for any other size, too."""
+        if not call.weight.is_mkldnn:
             with torch.inference_mode(False), torch.no_grad():
-                self._derived = calls = _Packed(_packed(call, x) for call in calls)
-        return calls
-
-
-class _Packed(list):
-    """Calls whose weights only oneDNN can read."""
+                self._derived = call = _packed(call, x)
+        return call
 
 
 def _then(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

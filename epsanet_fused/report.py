@@ -80,11 +80,11 @@ def setting(args: tuple[Any, ...]) -> str:
 
 
 def _plan_lines(rewrites: Rewrites) -> list[str]:
-    """The plans, those of equal convolutions of one kind in one line."""
-    lines: dict[str, int] = {}
-    for name, plan in rewrites.plans.items():
-        stage, _, conv = name.rpartition(".")[0].split(".")[0], None, name.rpartition(".")[2]
-        form = "channels_last" if plan.memory_format == torch.channels_last else "contiguous"
-        text = f"  {stage}: {conv} in {plan.groups} group(s), {plan.width} pixel(s) at once, {form}"
-        lines[text] = lines.get(text, 0) + 1
-    return [f"{text} ({count} of them)" for text, count in lines.items()]
+    """The plans, those of a stage that are alike in one line."""
+    names: dict[str, int] = {}
+    for name, (groups, (rows, columns), memory_format) in rewrites.plans.items():
+        stage, conv = name.split(".")[0], name.split(".")[-1]
+        form = "channels_last" if memory_format == torch.channels_last else "contiguous"
+        text = f"{stage} {conv}: {groups} group(s), {rows}x{columns} pixels at once, {form}"
+        names[text] = names.get(text, 0) + 1
+    return [f"  {count} x {text}" for text, count in names.items()]

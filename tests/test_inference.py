@@ -6,7 +6,7 @@ import copy
 import itertools
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from epsanet_fused.timing import summarise
 NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 NONE = Rewrites(NCHW, fold=False, epilogue=False, fused_calls=False)
 optimize = ef.optimize_for_inference
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -34,31 +35,21 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads gain little on images this small, and lose a lot where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def plans(model: nn.Module, memory_format: torch.memory_format) -> dict[str, ConvPlan]:
-    """One plan after another for the grouped convolutions: merged, widened, split."""
-    kinds = itertools.cycle(["merged", "wide", "split", "dense", "other format"])
+    """One plan after another for the grouped convolutions."""
+    kinds = itertools.cycle(["merged", "wide", "tiled", "dense", "other format"])
     found = {}
     for name, conv in model.named_modules():
         if isinstance(conv, nn.Conv2d) and conv.groups > 1:
             kind, g = next(kinds), conv.groups
-            few = conv.out_channels // g <= 4
             # What plan_convs wouldn't try in 16 bits, where libraries get it wrong.
-            width = 2 if conv.weight.dtype.itemsize > 2 else 1
+            exact = conv.weight.dtype.itemsize > 2
             found[name] = {
-                "merged": ConvPlan(g // 2, 1, memory_format),
-                "wide": ConvPlan(g, width, memory_format),
-                "split": ConvPlan(conv.in_channels if few else g, 1, memory_format),
-                "dense": ConvPlan(1, 1, memory_format),
-                "other format": ConvPlan(g, 1, NCHW),
+                "merged": ConvPlan(g // 2, (1, 1), memory_format),
+                "wide": ConvPlan(g, (1, 2) if exact else (1, 1), memory_format),
+                "tiled": ConvPlan(g // 2, (2, 4) if exact else (1, 1), memory_format),
+                "dense": ConvPlan(1, (1, 1), memory_format),
+                "other format": ConvPlan(g, (1, 1), NCHW),
             }[kind]
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,17 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import epsanet_fused as ef
 from epsanet_fused.oracle import max_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 10
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads gain little on images this small, and lose a lot where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def networks() -> tuple[ef.EPSANet, ef.EPSANet]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from epsanet_fused.conv_weights import merge_weight, narrow, split_weights, widen_weight
+from epsanet_fused.conv_weights import merge_weight, narrow, widen_weight
 from epsanet_fused.planned_conv import ConvPlan, PlannedConv, merged_conv
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -28,13 +28,13 @@ CONVS = [
 ]
 
 
-def executions(inputs: int, groups: int) -> list[tuple[int, int]]:
-    """Numbers of groups, and widths, with which such a convolution can be run."""
-    merges = [(g, 1) for g in range(1, groups + 1) if groups % g == 0]
-    return [*merges, (groups, 2), (groups, 3), (1, 4), (inputs, 1)]
+def executions(groups: int) -> list[tuple[int, tuple[int, int]]]:
+    """Numbers of groups, and tiles, with which such a convolution can be run."""
+    merges = [(g, (1, 1)) for g in range(1, groups + 1) if groups % g == 0]
+    return [*merges, (groups, (1, 2)), (groups, (3, 1)), (groups, (2, 4)), (1, (4, 2))]
 
 
-CASES = [(*conv, e) for conv in CONVS for e in executions(conv[0], conv[3])]
+CASES = [(*conv, e) for conv in CONVS for e in executions(conv[3])]
 MERGES = [(*conv, g) for conv in CONVS for g in range(1, conv[3] + 1) if conv[3] % g == 0]
 
 
@@ -67,31 +67,39 @@ def test_merged_weights_are_exact(inputs, outputs, k, groups, left):
     torch.testing.assert_close(out, true, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "k", "groups"), CONVS)
-def test_split_weights_are_exact(inputs, outputs, k, groups):
-    weight = torch.randn(outputs, inputs // groups, k, k, dtype=torch.float64)
-    x = torch.randn(2, inputs, 9, 7, dtype=torch.float64)
-    pairs = zip(*split_weights(weight, groups), strict=True)
-    out = sum(F.conv2d(F.conv2d(x, w, padding=k // 2, groups=inputs), ones) for w, ones in pairs)
-    true = F.conv2d(x, weight, padding=k // 2, groups=groups)
-    torch.testing.assert_close(out, true, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("tile", [(1, 2), (3, 1), (2, 4)])
 @pytest.mark.parametrize(("inputs", "outputs", "k", "groups"), CONVS)
-def test_widened_weights_are_exact(inputs, outputs, k, groups, width, stride, layout):
+def test_widened_weights_are_exact(inputs, outputs, k, groups, tile, stride, layout):
     weight = torch.randn(outputs, inputs // groups, k, k, dtype=torch.float64)
-    columns = 2 * width
-    x = torch.randn(2, inputs, 9, k + stride * (columns - 1), dtype=torch.float64)
-    x = x.contiguous(memory_format=layout)
-    true = F.conv2d(x, weight, stride=(1, stride), groups=groups)
-    wide = widen_weight(weight, groups, width, stride)
-    assert wide.shape[0] == outputs * width
-    out = narrow(F.conv2d(x, wide, None, (1, stride * width), 0, 1, groups), groups, width, 1, 3)
-    torch.testing.assert_close(out, true[..., 1:4], rtol=1e-12, atol=1e-12)
-    assert out.is_contiguous(memory_format=layout)
+    size = [k + s * (2 * pixels - 1) for s, pixels in zip(stride, tile, strict=True)]
+    x = torch.randn(2, inputs, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    true = F.conv2d(x, weight, stride=stride, groups=groups)
+    assert true.shape[2:] == (2 * tile[0], 2 * tile[1])
+    wide = widen_weight(weight, groups, tile, stride)
+    assert wide.shape[0] == outputs * tile[0] * tile[1]
+    strides = [s * pixels for s, pixels in zip(stride, tile, strict=True)]
+    out = F.conv2d(x, wide, stride=strides, groups=groups)
+    image = narrow(out, groups, tile, (1, 0), (1, 2))
+    torch.testing.assert_close(image, true[:, :, 1:2, 0:2], rtol=1e-12, atol=1e-12)
+    assert image.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outputs", [4, 8, 12, 20, 40, 64])
+def test_pixels_are_moved_whole_and_to_the_bit(outputs, dtype):
+    """Whatever the size of what is moved at once; also NaNs."""
+    numbers = torch.randn(2, 4, 2, 3, outputs // 4, 5, 7, dtype=torch.float64).to(dtype)
+    numbers[0, 0, 0, 0, 0, 0] = torch.nan
+    out = numbers.flatten(1, 4)
+    images = [
+        narrow(out.contiguous(memory_format=layout), 4, (2, 3), (1, 2), (8, 17))
+        for layout in LAYOUTS
+    ]
+    true = numbers.permute(0, 1, 4, 5, 2, 6, 3).reshape(2, outputs, 10, 21)[:, :, 1:9, 2:19]
+    for image in images:
+        torch.testing.assert_close(image, true, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "k", "groups", "left"), MERGES)
@@ -129,7 +137,7 @@ def test_planned_conv_is_conv_norm_residual_relu(
 
 
 @given(
-    width=st.integers(1, 5),
+    tile=st.tuples(st.integers(1, 4), st.integers(1, 5)),
     merged=st.sampled_from([1, 2, 4]),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
@@ -137,12 +145,12 @@ def test_planned_conv_is_conv_norm_residual_relu(
     layout=st.sampled_from(LAYOUTS),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_geometry_can_be_widened(width, merged, stride, padding, size, layout):
+def test_any_geometry_can_be_widened(tile, merged, stride, padding, size, layout):
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 12, (7, 5), stride, padding, groups=4)
     x = torch.randn(2, 8, *size)
     with torch.no_grad():
-        out = planned(conv, None, (merged, width), layout)(x)
+        out = planned(conv, None, (merged, tile), layout)(x)
         torch.testing.assert_close(out, conv(x), rtol=1e-4, atol=1e-5)
 
 
@@ -150,7 +158,7 @@ def test_any_geometry_can_be_widened(width, merged, stride, padding, size, layou
     "options",
     [{"stride": 2, "padding": 4}, {"padding": "same", "dilation": 2}, {"padding": "valid"}],
 )
-@pytest.mark.parametrize("run", [(16, 1), (4, 1), (1, 1), (64, 1)])
+@pytest.mark.parametrize("run", [(16, (1, 1)), (4, (1, 1)), (1, (1, 1))])
 def test_geometry_is_kept(options, run):
     conv = nn.Conv2d(64, 16, 9, groups=16, **options)
     x = torch.randn(2, 64, 19, 22)
@@ -162,7 +170,7 @@ def test_computes_in_another_format_than_it_returns():
     conv, bn = sources(64, 16, 9, 16)
     x = torch.randn(2, 64, 9, 9)
     for inside, outside in itertools.permutations(LAYOUTS):
-        module = PlannedConv(conv, bn, plan=ConvPlan(4, 1, inside), memory_format=outside)
+        module = PlannedConv(conv, bn, plan=ConvPlan(4, (1, 1), inside), memory_format=outside)
         with torch.no_grad():
             out = module(x)
             torch.testing.assert_close(out, bn(conv(x)), rtol=1e-4, atol=1e-5)
@@ -170,7 +178,7 @@ def test_computes_in_another_format_than_it_returns():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("run", executions(64, 16))
+@pytest.mark.parametrize("run", executions(16))
 def test_other_sizes_than_the_first(run, layout):
     conv, bn = sources(64, 16, 9, 16)
     module = planned(conv, bn, run, layout)
@@ -181,7 +189,7 @@ def test_other_sizes_than_the_first(run, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("run", [(8, 1), (4, 1), (8, 2), (64, 1)])
+@pytest.mark.parametrize("run", [(8, (1, 1)), (4, (1, 1)), (8, (2, 2))])
 def test_follows_its_sources(run, layout):
     """In-place changes, new parameters, loading, casts."""
     conv, bn = sources(64, 16, 7, 8)
@@ -221,7 +229,7 @@ def test_follows_its_sources(run, layout):
 
 def test_takes_the_names_of_its_origin_and_adds_none():
     conv, bn = sources(64, 16, 7, 8)
-    module = planned(conv, bn, (4, 1), torch.channels_last)
+    module = planned(conv, bn, (4, (1, 1)), torch.channels_last)
     with torch.no_grad():
         module(torch.randn(1, 64, 8, 8))
     assert list(module.state_dict()) == list(conv.state_dict()) == ["weight", "bias"]
@@ -235,7 +243,7 @@ def test_takes_the_names_of_its_origin_and_adds_none():
 def test_copies_follow_their_own_sources(again, layout):
     conv, bn = sources(64, 16, 7, 8)
     x = torch.randn(2, 64, 8, 8)
-    owner = nn.ModuleList([planned(conv, bn, (4, 1), layout), bn])
+    owner = nn.ModuleList([planned(conv, bn, (4, (1, 1)), layout), bn])
     with torch.no_grad():
         out = owner[0](x)
         twin = again(owner)
@@ -254,7 +262,7 @@ def test_sixteen_bit_is_folded_in_float32():
     with torch.no_grad():
         plain = bn(conv(x))
         true = copy.deepcopy(bn).double()(copy.deepcopy(conv).double()(x.double()))
-        for run in [(16, 1), (8, 1), (2, 1), (64, 1)]:
+        for run in [(16, (1, 1)), (8, (1, 1)), (2, (1, 1))]:
             out = planned(conv, bn, run, torch.channels_last)(x)
             assert out.dtype == torch.bfloat16
             assert (out.double() - true).norm() <= 2 * (plain.double() - true).norm()

@@ -41,9 +41,9 @@ def case(dtype: torch.dtype, block=ef.EPSABlock):
 def test_all_rewrites_at_most_double_the_error(dtype, memory_format, block):
     model, x = case(dtype, block)
     names = [n for n, m in model.named_modules() if getattr(m, "groups", 1) > 1]
-    widths = (1, 2) if dtype == torch.float32 else (1,)
+    tiles = ((1, 1), (2, 4)) if dtype == torch.float32 else ((1, 1),)
     plans = {
-        name: ConvPlan((1, 2)[i % 2], widths[i % len(widths)], memory_format)
+        name: ConvPlan((1, 2)[i % 2], tiles[i % len(tiles)], memory_format)
         for i, name in enumerate(names)
     }
     with torch.no_grad():
