@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.layout import is_channels_last
@@ -55,16 +56,19 @@ def widen_weight(
         (K * rows * columns, C / groups, k + stride * (rows - 1), l + stride * (columns - 1)), for a
         convolution with ``stride * tile`` for its stride; a group's channels come pixel by pixel.
     """
-    K, inputs, k, l = weight.shape  # noqa: E741
+    K, inputs, *_ = weight.shape
     (rows, columns), (down, along) = tile, stride
-    grouped = weight.view(groups, K // groups, inputs, k, l)
-    size = (k + down * (rows - 1), l + along * (columns - 1))
-    out = weight.new_zeros(groups, rows, columns, K // groups, inputs, *size)
-    for r in range(rows):
-        for c in range(columns):
-            window = (slice(r * down, r * down + k), slice(c * along, c * along + l))
-            out[(slice(None), r, c, ..., *window)] = grouped
-    return out.view(K * rows * columns, inputs, *size)
+    grouped = weight.view(groups, K // groups, inputs, *weight.shape[2:])
+    pixels = [
+        F.pad(
+            grouped,
+            (c * along, (columns - 1 - c) * along, r * down, (rows - 1 - r) * down),
+        )
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    # (groups, rows * columns, K / groups, C / groups, taller, wider)
+    return torch.stack(pixels, 1).flatten(0, 2)
 
 
 def narrow(
@@ -85,7 +89,9 @@ def narrow(
     part = [slice(start, start + length) for start, length in zip(first, size, strict=True)]
     if is_channels_last(out):
         # A pixel's channels in a group lie together; moved as large numbers they move faster.
-        unit = _UNITS[math.gcd(out.element_size() * K // groups, 16)]
+        unit = out.dtype
+        if not torch.compiler.is_compiling():
+            unit = _UNITS[math.gcd(out.element_size() * K // groups, 16)]
         tiles = out.permute(0, 2, 3, 1).view(unit).view(B, m, n, groups, rows, columns, -1)
         image = tiles.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, m * rows, n * columns, -1)
         image = image[:, part[0], part[1]].contiguous()

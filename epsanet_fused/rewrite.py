@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
     for name, stage in list(made.named_modules()):
         in_row = type(stage) is nn.Sequential and len(stage) > 0 and not hooks_of(stage)
         if in_row and all(isinstance(block, PlannedBlock) for block in stage):
-            made = _replace(made, name, PlannedStage(stage._modules).eval())
+            made = _replace(made, name, PlannedStage(OrderedDict(stage.named_children())).eval())
     return made
 
 
