@@ -12,6 +12,7 @@ from epsanet_fused.models import (
     epsanet101_large,
 )
 from epsanet_fused.modules import FusedPSAModule
+from epsanet_fused.norm_tail import psa_tail_norm
 from epsanet_fused.ops import psa_tail
 from epsanet_fused.reference import PSAModule, SEWeightModule
 
@@ -29,5 +30,6 @@ __all__ = [
     "epsanet101_large",
     "load_checkpoint",
     "psa_tail",
+    "psa_tail_norm",
     "use_backend",
 ]
