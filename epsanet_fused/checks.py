@@ -41,15 +41,20 @@ def check_psa_tail(
     ):
         _check_tensor(name, tensor, first)
         _check_shape(name, tensor, *shapes)
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector is not None:
-            _check_tensor(name, vector, first)
-            _check_shape(name, vector, (len(branches) * C,))
+    check_vectors(branches, scale=scale, shift=shift)
     if not isinstance(relu, bool):
         raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
     if scale is not None or shift is not None or relu:
         tensors = [*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift]
         _refuse_gradients(tensors)
+
+
+def check_vectors(branches: Sequence[Tensor], **vectors: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless each has a number for each of the output's channels."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            _check_tensor(name, vector, branches[0])
+            _check_shape(name, vector, (len(branches) * branches[0].shape[1],))
 
 
 def check_psa_tail_norm(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.backends import chosen, resolve_norm
-from epsanet_fused.checks import check_psa_tail_norm
+from epsanet_fused.checks import check_psa_tail, check_psa_tail_norm, check_vectors
 from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
 from epsanet_fused.ops import (
     LIBRARY,
@@ -26,14 +26,17 @@ from epsanet_fused.ops import (
 _FC = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
 _NORM = "Tensor? gamma, Tensor? beta, float eps"
 _STATS = "Tensor squeeze, Tensor deviation, Tensor attention, Tensor mean, Tensor var"
-LIBRARY.define(
-    f"psa_tail_norm(Tensor[] branches, {_FC}, {_NORM}, str backend) -> (Tensor out, {_STATS})"
-)
-LIBRARY.define(
-    f"psa_tail_norm_backward(Tensor grad, Tensor[] branches, {_STATS}, {_FC}, {_NORM}, "
-    "bool branch_grads, bool fc_grads, bool norm_grads, str backend) "
+_FORWARD = f"(Tensor[] branches, {_FC}, {_NORM}{{}}) -> (Tensor out, {_STATS})"
+_BACKWARD = (
+    f"(Tensor grad, Tensor[] branches, {_STATS}, {_FC}, {_NORM}, "
+    "bool branch_grads, bool fc_grads, bool norm_grads{}) "
     "-> (Tensor[] grad_branches, Tensor[] grad_fc, Tensor[] grad_norm)"
 )
+LIBRARY.define("psa_tail_norm" + _FORWARD.format(", str backend"))
+LIBRARY.define("psa_tail_norm_backward" + _BACKWARD.format(", str backend"))
+# The compiled library's kernels, by themselves, as in ops.py.
+LIBRARY.define("psa_tail_norm_native" + _FORWARD.format(""))
+LIBRARY.define("psa_tail_norm_native_backward" + _BACKWARD.format(""))
 
 
 def psa_tail_norm(
@@ -124,7 +127,16 @@ def _fake_forward(branches, *rest):
     return empty_output(branches), *samples, *channels
 
 
+@torch.library.register_fake("epsanet_fused::psa_tail_norm_native", lib=LIBRARY)
+def _fake_native(branches, *rest):
+    *fc, gamma, beta, _eps = rest
+    check_psa_tail(branches, *fc, None, None, False)
+    check_vectors(branches, gamma=gamma, beta=beta)
+    return _fake_forward(branches, *rest)
+
+
 @torch.library.register_fake("epsanet_fused::psa_tail_norm_backward", lib=LIBRARY)
+@torch.library.register_fake("epsanet_fused::psa_tail_norm_native_backward", lib=LIBRARY)
 def _fake_backward(
     grad, branches, squeeze, deviation, attention, mean, var,
     fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, beta, eps,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused import modules
-from epsanet_fused.backends import norm_table, room
+from epsanet_fused.backends import norm_table, prefers_norm
 from epsanet_fused.oracle import max_error
 
 
@@ -39,16 +39,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if request.param == "fallback":  # as if it had been measured to win
             monkeypatch.setattr(norm_table, "TABLE", {"cpu": "reference"})
         yield request.param
-
-
-@pytest.fixture
-def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if what "auto" runs here had been measured to win."""
-    monkeypatch.setattr(norm_table, "TABLE", {"cpu": "cpu"})
-    monkeypatch.setattr(room("cpu"), "norm_forward", room("reference").norm_forward, raising=False)
-    monkeypatch.setattr(
-        room("cpu"), "norm_backward", room("reference").norm_backward, raising=False
-    )
 
 
 def block(**options: Any) -> ef.EPSABlock:
@@ -177,7 +167,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("change", PLAIN.values(), ids=PLAIN)
 def test_anything_else_takes_the_plain_path(
-    preferred: None, calls: list, change: Callable[[ef.EPSABlock], None]
+    calls: list, change: Callable[[ef.EPSABlock], None]
 ) -> None:
     model = block()
     model(images(8, 64))
@@ -190,7 +180,7 @@ def test_anything_else_takes_the_plain_path(
     assert len(calls) == 1
 
 
-def test_a_converted_model_takes_the_plain_path(preferred: None) -> None:
+def test_a_converted_model_takes_the_plain_path() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
     blocks = [m for m in model.modules() if isinstance(m, ef.EPSABlock)]
     assert len(blocks) == 4
@@ -198,23 +188,24 @@ def test_a_converted_model_takes_the_plain_path(preferred: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_a_backend_without_it_takes_the_plain_path(preferred: None, calls: list, name: str) -> None:
+def test_a_backend_without_it_takes_the_plain_path(calls: list, name: str) -> None:
     with ef.use_backend(name):
         block()(images(8, 64)).sum().backward()
     assert not calls
 
 
-def test_tracing_takes_the_plain_path(preferred: None, calls: list) -> None:
+def test_tracing_takes_the_plain_path(calls: list) -> None:
     traced = torch.fx.symbolic_trace(block())
     torch.testing.assert_close(traced(images(8, 64)), block()(images(8, 64)))
     assert len(calls) == 1
 
 
 def test_only_what_was_measured_is_the_default(calls: list) -> None:
-    """No card has been measured, and where no backend is named, nothing else is a default."""
-    assert "cuda" not in norm_table.TABLE
-    block()(images(8, 64))
-    assert len(calls) == ("cpu" in norm_table.TABLE)
+    """The compiled kernels on a CPU; not plain PyTorch in their place, and no card yet."""
+    assert norm_table.TABLE == {"cpu": "cpu"}
+    assert not prefers_norm("auto", "cuda")
     with run_by("fallback"):
         block()(images(8, 64))
-    assert len(calls) == ("cpu" in norm_table.TABLE)
+    assert not calls
+    block()(images(8, 64))
+    assert len(calls) == 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import epsanet_fused as ef
-from epsanet_fused.backends import chosen
+from epsanet_fused.backends import chosen, room
 
 SHAPE = Shape(2, 3, 8, 4, 5, 2)
 OPS = torch.ops.epsanet_fused
@@ -69,6 +69,19 @@ def test_opcheck_backward(backend: str, kind: str, asked: tuple[bool, ...]) -> N
     torch.library.opcheck(OPS.psa_tail_norm_backward, arguments)
     grads = OPS.psa_tail_norm_backward(*arguments)
     assert [len(g) for g in grads] == [n * a for n, a in zip((3, 4, 2), asked, strict=True)]
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
+    """They have no autograd by intent; psa_tail_norm has."""
+    assert room("cpu").unavailable("cpu") is None
+    utils = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    case = inputs(kind)
+    rest = (*matrices(case), *case.affine, 1e-5)
+    torch.library.opcheck(OPS.psa_tail_norm_native, (case.branches, *rest), test_utils=utils)
+    _, *stats = OPS.psa_tail_norm_native(case.branches, *rest)
+    arguments = (case.grad, case.branches, *stats, *rest, True, True, True)
+    torch.library.opcheck(OPS.psa_tail_norm_native_backward, arguments, test_utils=utils)
 
 
 class Weights(nn.BatchNorm2d):

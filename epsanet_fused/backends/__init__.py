@@ -175,7 +175,7 @@ def _first_available(device_type: str) -> Any:
 def room(name: str) -> Any:
     """The backend, imported when first asked for."""
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'native')}")
-    return module if name in _MODULES else module.Room(name)
+    return module if name in _MODULES else module.make_room(name)
 
 
 def _check_name(name: str, where: str) -> None:
