@@ -150,7 +150,7 @@ def names(toolkit: Toolkit) -> str:
 def extension(toolkit: Toolkit | None, note: str):
     from torch.utils.cpp_extension import CppExtension
 
-    sources = [str(p) for p in (*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp"))]
+    sources = sorted(str(p) for f in ("csrc", "csrc/cpu") for p in Path(f).glob("*.cpp"))
     host = [*HOST_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     host.append(f'-DPSA_BUILD_NOTE="{note}"')
     link = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
