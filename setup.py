@@ -24,7 +24,7 @@ MODE = os.environ.get("EPSANET_FUSED_BUILD", "auto")
 MODES = ("auto", "0", "cpu", "cuda")
 SOURCES = (".cpp", ".cu")
 ARCHS = (80, 90, 100, 120)
-# The first torch whose stable ABI has what bindings.cpp uses: one library serves it and all later.
+# The first torch whose stable ABI has what the bindings use: one library serves it and all later.
 TORCH_TARGET = "0x020a000000000000"
 HOST_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
@@ -150,7 +150,7 @@ def names(toolkit: Toolkit) -> str:
 def extension(toolkit: Toolkit | None, note: str):
     from torch.utils.cpp_extension import CppExtension
 
-    sources = ["csrc/bindings.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+    sources = sorted(str(p) for f in ("csrc", "csrc/cpu") for p in Path(f).glob("*.cpp"))
     host = [*HOST_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     host.append(f'-DPSA_BUILD_NOTE="{note}"')
     link = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]

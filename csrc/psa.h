@@ -59,4 +59,22 @@ struct Gradients {
   Matrix fc1_weight, fc1_bias, fc2_weight, fc2_bias;
 };
 
+// The norm between the cat and its relu. Gamma and beta, mean and (biased) variance are vectors of
+// S * C in the order of the output's channels; the deviation is (B, S, C), the sum over a sample's
+// pixels of the squared difference to the squeeze. The last three are contiguous, in the sums'
+// type, written by the forward and read by the backward.
+struct Norm {
+  Matrix gamma, beta;
+  double eps;
+  void* deviation;
+  void* mean;
+  void* var;
+};
+
+// What the backward writes with a norm; no data where it isn't asked for.
+struct NormGradients {
+  Gradients tail;
+  Matrix gamma, beta;
+};
+
 }  // namespace psa

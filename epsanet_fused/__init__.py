@@ -14,6 +14,7 @@ from epsanet_fused.models import (
     epsanet101_large,
 )
 from epsanet_fused.modules import FusedPSAModule
+from epsanet_fused.norm_tail import psa_tail_norm
 from epsanet_fused.ops import psa_tail
 from epsanet_fused.reference import PSAModule, SEWeightModule
 
@@ -33,6 +34,7 @@ __all__ = [
     "optimize_for_inference",
     "plan_convs",
     "psa_tail",
+    "psa_tail_norm",
     "use_backend",
     "use_plans",
 ]

@@ -1,11 +1,11 @@
-"""The operator's arguments, checked once: errors name the argument, what came, what is accepted."""
+"""The operators' arguments, checked once: errors name the argument, what came, what is accepted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = "float16, bfloat16, float32 or float64"
@@ -41,15 +41,57 @@ def check_psa_tail(
     ):
         _check_tensor(name, tensor, first)
         _check_shape(name, tensor, *shapes)
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector is not None:
-            _check_tensor(name, vector, first)
-            _check_shape(name, vector, (len(branches) * C,))
+    check_vectors(branches, scale=scale, shift=shift)
     if not isinstance(relu, bool):
         raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
     if scale is not None or shift is not None or relu:
         tensors = [*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift]
         _refuse_gradients(tensors)
+
+
+def check_vectors(branches: Sequence[Tensor], **vectors: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless each has a number for each of the output's channels."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            _check_tensor(name, vector, branches[0])
+            _check_shape(name, vector, (len(branches) * branches[0].shape[1],))
+
+
+def check_psa_tail_norm(
+    branches: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    norm: nn.BatchNorm2d,
+) -> None:
+    """Raise TypeError or ValueError unless psa_tail_norm accepts these arguments."""
+    check_psa_tail(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None, None, False)
+    if not isinstance(norm, nn.BatchNorm2d):
+        raise TypeError(
+            f"psa_tail_norm: norm must be a torch.nn.BatchNorm2d, got {type(norm).__name__}"
+        )
+    if not norm.training and norm.running_mean is not None:
+        raise ValueError(
+            "psa_tail_norm: norm must use the batch's statistics, but it is in eval mode and has "
+            "running ones; then it is a scale and a shift, which psa_tail takes"
+        )
+    first = branches[0]
+    B, C, H, W = first.shape
+    channels = len(branches) * C
+    if norm.num_features != channels:
+        raise ValueError(
+            f"psa_tail_norm: norm must have num_features={channels}, one for each channel of "
+            f"{len(branches)} branches with {C}, got {norm.num_features}"
+        )
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if (tensor := getattr(norm, name)) is not None:
+            _check_tensor(f"norm.{name}", tensor, first)
+    if B * H * W == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, "
+            f"got input size {torch.Size((B, channels, H, W))}"
+        )
 
 
 def _check_branches(branches: Sequence[Tensor]) -> None:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.fx
 from torch import Tensor, nn
 
+from epsanet_fused.backends import chosen, prefers_norm
 from epsanet_fused.modules import FusedPSAModule
 from epsanet_fused.reference import CONV_GROUPS, CONV_KERNELS, PSAModule
 
@@ -61,9 +63,38 @@ class EPSABlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
+        if self._takes_norm_tail(out):
+            out = self.conv2.forward_norm(out, self.bn2)
+        else:
+            out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         return self.relu(out + identity)
+
+    def _takes_norm_tail(self, x: Tensor) -> bool:
+        """Whether psa_tail_norm does what conv2, bn2 and relu would do here, and does it faster."""
+        return (
+            self.bn2.training
+            and _is_plainly(self.conv2, FusedPSAModule)
+            and _is_plainly(self.bn2, nn.BatchNorm2d)
+            and _is_plainly(self.relu, nn.ReLU)
+            and not isinstance(x, torch.fx.Proxy)  # a tracer can't take a norm for an argument
+            and prefers_norm(chosen(), x.device.type)
+        )
+
+
+def _is_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what its class does: no subclass, no hook of its own.
+
+    A parametrised module is a subclass.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 class EPSALargeBlock(EPSABlock):

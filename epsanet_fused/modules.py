@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.fx
 from torch import Tensor, nn
 
+from epsanet_fused.norm_tail import psa_tail_norm
 from epsanet_fused.ops import psa_tail
 from epsanet_fused.planned_conv import merged_conv
 from epsanet_fused.reference import PSAModule
@@ -69,6 +70,12 @@ class FusedPSAModule(PSAModule):
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.se.fc1, self.se.fc2
         return psa_tail(self.convolve(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+    def forward_norm(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        """``relu(norm(self(x)))`` by ``psa_tail_norm``, for a norm with the batch's statistics."""
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return psa_tail_norm(self.convolve(x), *weights, norm)
 
     def extra_repr(self) -> str:
         width, channels = self.se.fc1.weight.shape[:2]

@@ -17,7 +17,7 @@ from epsanet_fused.backends import chosen, native_path, reference, resolve
 from epsanet_fused.checks import check_psa_tail
 from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
 
-_ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
+ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
 
 _FORWARD = (
     "(Tensor[] branches, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
@@ -30,14 +30,14 @@ _BACKWARD = (
     "bool branch_grads, bool fc_grads, {}) "
     "-> (Tensor[] grad_branches, Tensor[] grad_fc)"
 )
-_library = torch.library.Library("epsanet_fused", "DEF")
-_library.define("psa_tail" + _FORWARD.format("str backend"))
-_library.define("psa_tail_backward" + _BACKWARD.format("str backend"))
+LIBRARY = torch.library.Library("epsanet_fused", "DEF")
+LIBRARY.define("psa_tail" + _FORWARD.format("str backend"))
+LIBRARY.define("psa_tail_backward" + _BACKWARD.format("str backend"))
 # The compiled library's kernels, by themselves: no choice of backend, no autograd, no Python. The
 # fc weights may have the 1 x 1 of a convolution.
-_library.define("psa_tail_native" + _FORWARD.format("int path"))
-_library.define("psa_tail_native_backward" + _BACKWARD.format("int path"))
-_library.define("psa_tail_inference" + _FORWARD.format("int path").partition("->")[0] + "-> Tensor")
+LIBRARY.define("psa_tail_native" + _FORWARD.format("int path"))
+LIBRARY.define("psa_tail_native_backward" + _BACKWARD.format("int path"))
+LIBRARY.define("psa_tail_inference" + _FORWARD.format("int path").partition("->")[0] + "-> Tensor")
 _inference = torch.ops.epsanet_fused.psa_tail_inference.default
 
 
@@ -109,7 +109,7 @@ def _without_gradient(
     if not isinstance(branches, (list, tuple)):
         return None
     tensors = (*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _refuse_forward_mode(tensors)
+    refuse_forward_mode("psa_tail", tensors)
     path = native_path(name, branches)
     if path is None or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None
@@ -119,28 +119,28 @@ def _without_gradient(
     return _inference(branches, *tensors[-4:], scale, shift, relu, path)
 
 
-def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
+def refuse_forward_mode(operator: str, tensors: Sequence[Tensor]) -> None:
     """torch.library has no forward mode; without a word, tangents would be lost."""
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise NotImplementedError(f"psa_tail has no forward-mode derivative; {_ADVICE}")
+        raise NotImplementedError(f"{operator} has no forward-mode derivative; {ADVICE}")
 
 
-@torch.library.impl(_library, "psa_tail", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "psa_tail", "CompositeExplicitAutograd")
 def _forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu, backend):
     run = resolve(backend, branches[0].device.type, branches).forward
     return run(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
 
 
-@torch.library.impl(_library, "psa_tail_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "psa_tail_backward", "CompositeExplicitAutograd")
 def _backward(grad, branches, *rest):
     *tensors_and_flags, backend = rest
     run = resolve(backend, grad.device.type, branches).backward
     return run(grad, branches, *tensors_and_flags)
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail", lib=_library)
+@torch.library.register_fake("epsanet_fused::psa_tail", lib=LIBRARY)
 def _fake_forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue_and_choice):
     x = branches[0]
     stats = (x.shape[0], len(branches), x.shape[1])  # (B, S, C)
@@ -148,19 +148,19 @@ def _fake_forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogu
     return empty_output(branches), x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_native", lib=_library)
+@torch.library.register_fake("epsanet_fused::psa_tail_native", lib=LIBRARY)
 def _fake_native(*arguments_and_path):
     check_psa_tail(*arguments_and_path[:-1])
     return _fake_forward(*arguments_and_path)
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_inference", lib=_library)
+@torch.library.register_fake("epsanet_fused::psa_tail_inference", lib=LIBRARY)
 def _fake_inference(*arguments_and_path):
     return _fake_native(*arguments_and_path)[0]
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_backward", lib=_library)
-@torch.library.register_fake("epsanet_fused::psa_tail_native_backward", lib=_library)
+@torch.library.register_fake("epsanet_fused::psa_tail_backward", lib=LIBRARY)
+@torch.library.register_fake("epsanet_fused::psa_tail_native_backward", lib=LIBRARY)
 def _fake_backward(
     grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     branch_grads, fc_grads, choice,
@@ -198,13 +198,17 @@ def _autograd(ctx, grad, _grad_squeeze, _grad_attention):
     return grad_branches or none_branches, *grad_fc, None, None, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(f"psa_tail is differentiable once; {_ADVICE}")
+def refuse_second_derivative(operator: str) -> None:
+    """For an operator that is the backward of another: an autograd formula that says so."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{operator} is differentiable once; {ADVICE}")
+
+    name = f"epsanet_fused::{operator}_backward"
+    torch.library.register_autograd(name, backward, lib=LIBRARY)
 
 
 torch.library.register_autograd(
-    "epsanet_fused::psa_tail", _autograd, setup_context=_setup_context, lib=_library
+    "epsanet_fused::psa_tail", _autograd, setup_context=_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd(
-    "epsanet_fused::psa_tail_backward", _no_second_derivative, lib=_library
-)
+refuse_second_derivative("psa_tail")

@@ -13,7 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-TESTS = ("test_psa_tail.py", "test_psa_tail_errors.py", "test_psa_tail_properties.py")
+TESTS = (
+    "test_psa_tail.py", "test_psa_tail_errors.py", "test_psa_tail_properties.py",
+    "test_norm_tail.py",
+)  # fmt: skip
 CHECK = """
 import epsanet_fused as ef
 from epsanet_fused.backends.native import PATH

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import LAYOUTS, Case, Shape, assert_accurate, expected, make_case
+from norm_cases import evaluate_norm, expected_norm, make_norm_case
 
 import epsanet_fused as ef
 from epsanet_fused.backends.native import library
@@ -38,7 +39,8 @@ def test_every_instruction_set_gives_the_right_numbers(capability: str) -> None:
     which = "from epsanet_fused.backends.native import library; print(library().cpu_capability)"
     if with_capability(capability, "-c", which).stdout.strip() != capability:
         pytest.skip(f"this CPU has no {capability}")
-    tests = ("tests/test_psa_tail.py", "tests/test_cpu_kernels.py", "-k", "cpu and not every")
+    files = ("test_psa_tail.py", "test_norm_tail.py", "test_cpu_kernels.py")
+    tests = (*(f"tests/{file}" for file in files), "-k", "cpu and not every")
     done = with_capability(
         capability, "-m", "pytest", "-q", *tests, "-p", "no:cacheprovider", "-p", "no:xdist"
     )
@@ -106,6 +108,23 @@ def test_the_same_bits_with_any_number_of_threads(shape: Shape, layout: str, thr
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SPLIT.values(), ids=SPLIT)
+def test_the_same_bits_of_psa_tail_norm_with_any_number_of_threads(
+    shape: Shape, layout: str, threads: None
+) -> None:
+    case = make_norm_case(shape, layout=LAYOUTS[layout])
+    results = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        with ef.use_backend("cpu"):
+            results.append(evaluate_norm(ef.psa_tail_norm, case))
+    oracle, plain = expected_norm(case)
+    assert_accurate(results[0], oracle, plain)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def good() -> tuple[Case, list[torch.Tensor]]:
     case = make_case(Shape(2, 3, 8, 4, 5, 2))
     return case, [t.flatten(1) if t.dim() == 4 else t for t in case.fc]
@@ -157,3 +176,42 @@ def test_the_librarys_backward_refuses_bad_input(position: int, value: object) -
     arguments[position] = value
     with pytest.raises(RuntimeError):
         OPS.psa_tail_native_backward(*arguments)
+
+
+def norm_arguments() -> tuple[list[object], list[object]]:
+    """What the library's psa_tail_norm and its backward take."""
+    case, fc = good()
+    rest = [*fc, torch.ones(24), torch.zeros(24), 1e-5]
+    _, *stats = OPS.psa_tail_norm_native(case.branches, *rest)
+    return [case.branches, *rest], [case.grad, case.branches, *stats, *rest, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, []), (0, [torch.ones(2, 8, 0, 5)] * 3), (1, torch.ones(2, 9)), (4, torch.ones(7)),
+     (5, torch.ones(8)), (6, torch.ones(24, device="meta")), (6, torch.ones(24, dtype=torch.int))],
+    ids=["no branches", "no pixels", "fc1_weight", "fc2_bias", "gamma", "a meta tensor",
+         "beta's dtype"],
+)  # fmt: skip
+def test_the_librarys_psa_tail_norm_refuses_bad_input(position: int, value: object) -> None:
+    arguments, _ = norm_arguments()
+    arguments[position] = value
+    with pytest.raises((RuntimeError, ValueError)):
+        OPS.psa_tail_norm_native(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, torch.ones(2, 24, 4, 6)), (0, torch.ones(2, 24, 4, 5).double()), (1, []),
+     (2, torch.ones(2, 3, 9)), (3, torch.ones(2, 3, 8).double()),
+     (4, torch.ones(2, 8, 3).transpose(1, 2)), (5, torch.ones(8)), (6, torch.ones(48)[::2]),
+     (11, torch.ones(23))],
+    ids=["grad's shape", "grad's dtype", "no branches", "squeeze's shape", "deviation's dtype",
+         "attention's strides", "mean's shape", "var's strides", "gamma's shape"],
+)  # fmt: skip
+def test_the_backward_of_psa_tail_norm_refuses_bad_input(position: int, value: object) -> None:
+    _, arguments = norm_arguments()
+    OPS.psa_tail_norm_native_backward(*arguments)
+    arguments[position] = value
+    with pytest.raises(RuntimeError):
+        OPS.psa_tail_norm_native_backward(*arguments)

@@ -13,7 +13,10 @@
 #include "rows.h"
 #include "gate.h"
 #include "tail.h"
+#include "gate_backward.h"
 #include "passes.h"
+#include "norm_rows.h"
+#include "norm.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -7,4 +7,7 @@
 #include "rows.h"
 #include "gate.h"
 #include "tail.h"
+#include "gate_backward.h"
 #include "passes.h"
+#include "norm_rows.h"
+#include "norm.h"

@@ -16,6 +16,11 @@ struct Threads {
 void forward(const Tail& tail, const Epilogue& epilogue, const Threads& threads);
 void backward(const Tail& tail, const Gradients& gradients, const Threads& threads);
 
+// Of psa_tail_norm.
+void norm_forward(const Tail& tail, const Norm& norm, const Threads& threads);
+void norm_backward(const Tail& tail, const Norm& norm, const NormGradients& gradients,
+                   const Threads& threads);
+
 // The instruction set in use: the widest that this CPU has, unless the environment variable
 // EPSANET_FUSED_CPU_CAPABILITY names a smaller one.
 const char* capability();

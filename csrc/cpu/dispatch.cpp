@@ -15,7 +15,12 @@ struct Kernels {
   bool runs_here;
   decltype(&cpu::forward) forward;
   decltype(&cpu::backward) backward;
+  decltype(&cpu::norm_forward) norm_forward;
+  decltype(&cpu::norm_backward) norm_backward;
 };
+
+#define PSA_KERNELS(name, runs_here) \
+  {#name, runs_here, name::forward, name::backward, name::norm_forward, name::norm_backward}
 
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
@@ -30,11 +35,11 @@ const Kernels& kernels() {
 #endif
     static const Kernels table[] = {
 #ifdef __x86_64__
-        {"avx512_bf16", has_bf16, avx512_bf16::forward, avx512_bf16::backward},
-        {"avx512", has_avx512, avx512::forward, avx512::backward},
-        {"avx2", has_avx2, avx2::forward, avx2::backward},
+        PSA_KERNELS(avx512_bf16, has_bf16),
+        PSA_KERNELS(avx512, has_avx512),
+        PSA_KERNELS(avx2, has_avx2),
 #endif
-        {"baseline", true, baseline::forward, baseline::backward},
+        PSA_KERNELS(baseline, true),
     };
     const char* wanted = std::getenv(kVariable);
     std::string runnable;
@@ -49,6 +54,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
+#undef PSA_KERNELS
+
 }  // namespace
 
 const char* capability() {
@@ -61,6 +68,15 @@ void forward(const Tail& tail, const Epilogue& epilogue, const Threads& threads)
 
 void backward(const Tail& tail, const Gradients& gradients, const Threads& threads) {
   kernels().backward(tail, gradients, threads);
+}
+
+void norm_forward(const Tail& tail, const Norm& norm, const Threads& threads) {
+  kernels().norm_forward(tail, norm, threads);
+}
+
+void norm_backward(const Tail& tail, const Norm& norm, const NormGradients& gradients,
+                   const Threads& threads) {
+  kernels().norm_backward(tail, norm, gradients, threads);
 }
 
 }  // namespace psa::cpu

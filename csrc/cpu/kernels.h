@@ -15,10 +15,13 @@
 
 namespace psa::cpu {
 
-#define PSA_DECLARE(name)                                                              \
-  namespace name {                                                                     \
-  void forward(const Tail& tail, const Epilogue& epilogue, const Threads& threads);    \
-  void backward(const Tail& tail, const Gradients& gradients, const Threads& threads); \
+#define PSA_DECLARE(name)                                                                \
+  namespace name {                                                                       \
+  void forward(const Tail& tail, const Epilogue& epilogue, const Threads& threads);      \
+  void backward(const Tail& tail, const Gradients& gradients, const Threads& threads);   \
+  void norm_forward(const Tail& tail, const Norm& norm, const Threads& threads);         \
+  void norm_backward(const Tail& tail, const Norm& norm, const NormGradients& gradients, \
+                     const Threads& threads);                                            \
   }
 PSA_DECLARE(baseline)
 PSA_DECLARE(avx2)

@@ -26,6 +26,8 @@ struct Walk {
     tasks = (extent + step - 1) / step * (channels_inner ? 1 : S);
     sums = channels_inner ? tasks : 1;
   }
+  int64_t per_task() const { return S * C * HW / tasks + 1; }  // elements, about
+
   const int64_t S, C, HW;
   const bool channels_inner;
   int64_t step, tasks;
@@ -140,37 +142,60 @@ void write_task(const Walk& w, const Writing<T>& writing, int64_t b, int64_t t) 
   }
 }
 
-// Runs pass.sum(b, t, sums), pass.gate(b, sums, scratch) and pass.write(b, t): sample by sample,
-// or, where there are fewer samples than threads, the tasks of all samples together.
+// How many things of so many elements each are worth a thread.
+inline int64_t grain(int64_t elements) {
+  return max(1, kGrain / elements);
+}
+
+// pass.sum(b, t, sums) for all tasks of all samples, each with its sample's `size` sums.
 template <class A, class Pass>
-void run(const Pass& pass, const Walk& w, int64_t B, int64_t scratch_size, const Threads& threads) {
-  const int64_t sums_size = w.sums * w.S * w.C;
-  const int64_t per_sample = w.S * w.C * w.HW, per_task = per_sample / w.tasks + 1;
-  const auto grain = [](int64_t each) { return max(1, kGrain / each); };
+void sum_all(const Pass& pass, const Walk& w, int64_t B, A* sums, int64_t size,
+             const Threads& threads) {
+  parallel(threads, B * w.tasks, grain(w.per_task()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pass.sum(i / w.tasks, i % w.tasks, sums + i / w.tasks * size);
+    }
+  });
+}
+
+// pass.gate(b, sums, scratch) for all samples.
+template <class A, class Pass>
+void gate_all(const Pass& pass, const Walk& w, int64_t B, const A* sums, int64_t size,
+              const Threads& threads) {
+  parallel(threads, B, grain(w.S * w.C * 32), [&](int64_t begin, int64_t end) {
+    Buffer<A> scratch(pass.scratch_size());
+    for (int64_t b = begin; b < end; ++b) pass.gate(b, sums + b * size, scratch.get());
+  });
+}
+
+// pass.write(b, t) for all tasks of all samples.
+template <class Pass>
+void write_all(const Pass& pass, const Walk& w, int64_t B, const Threads& threads) {
+  parallel(threads, B * w.tasks, grain(w.per_task()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = end; i-- > begin;) pass.write(i / w.tasks, i % w.tasks);
+  });
+}
+
+// Runs the three steps of a pass: sample by sample, or, where there are fewer samples than threads,
+// each for all samples.
+template <class A, class Pass>
+void run(const Pass& pass, const Walk& w, int64_t B, const Threads& threads) {
+  const int64_t size = w.sums * w.S * w.C, per_sample = w.S * w.C * w.HW;
   if (B >= threads.count || B * per_sample <= kGrain) {
     parallel(threads, B, grain(per_sample), [&](int64_t begin, int64_t end) {
-      Buffer<A> space(sums_size + scratch_size);
+      Buffer<A> space(size + pass.scratch_size());
       for (int64_t b = begin; b < end; ++b) {
         for (int64_t t = 0; t < w.tasks; ++t) pass.sum(b, t, space.get());
-        pass.gate(b, space.get(), space.get() + sums_size);
+        pass.gate(b, space.get(), space.get() + size);
         for (int64_t t = w.tasks; t-- > 0;) pass.write(b, t);  // what was read last is nearest
       }
     });
     return;
   }
-  Buffer<A> sums(B * sums_size);
-  parallel(threads, B * w.tasks, grain(per_task), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      pass.sum(i / w.tasks, i % w.tasks, sums.get() + i / w.tasks * sums_size);
-    }
-  });
-  parallel(threads, B, grain(w.S * w.C * 32), [&](int64_t begin, int64_t end) {
-    Buffer<A> scratch(scratch_size);
-    for (int64_t b = begin; b < end; ++b) pass.gate(b, sums.get() + b * sums_size, scratch.get());
-  });
-  parallel(threads, B * w.tasks, grain(per_task), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pass.write(i / w.tasks, i % w.tasks);
-  });
+  Buffer<A> sums(B * size);
+  sum_all(pass, w, B, sums.get(), size, threads);
+  gate_all(pass, w, B, sums.get(), size, threads);
+  write_all(pass, w, B, threads);
 }
 
 // to (S, ld) = the partial sums (n, S, C), added up in their order, over `divisor`.

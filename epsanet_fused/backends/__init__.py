@@ -12,6 +12,9 @@ A backend is a module or an object with three functions (``reference`` is the sh
 Arguments arrive checked, the fc weights as matrices (R, C) and (C, R). A room may be wrong about
 nothing but speed: shapes, strides and dtypes of what it returns are those of ops.py's fake kernels.
 
+A backend may also have the pair of psa_tail_norm, ``norm_forward`` and ``norm_backward``, with the
+arguments and results of its operators in norm_tail.py, less the backend's name.
+
 One that runs in the compiled library also has ``native_path``, the number that tells
 ``psa_tail_native`` which kernels to run.
 """
@@ -29,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from epsanet_fused.backends import cuda_table
+from epsanet_fused.backends import cuda_table, norm_table
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 # Parts of a backend, for measuring them against each other.
@@ -115,6 +118,38 @@ def resolve(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> Any
     return room(name)
 
 
+def resolve_norm(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> Any:
+    """The backend whose ``norm_forward`` and ``norm_backward`` run when the user asks for ``name``.
+
+    Raises:
+        RuntimeError: if the one asked for can't run on such a device, or lacks them.
+    """
+    found = resolve(name, device_type, branches)
+    if hasattr(found, "norm_forward"):
+        return found
+    if name != "auto":
+        raise RuntimeError(
+            f"psa_tail_norm: the backend {name!r} doesn't have it; 'auto' runs it in plain PyTorch "
+            f"where no other backend has it"
+        )
+    return room("reference")
+
+
+def prefers_norm(name: str, device_type: str) -> bool:
+    """Whether a block in training is to take psa_tail_norm when the user asks for ``name``."""
+    if name == "auto":
+        measured = norm_table.TABLE.get(device_type)
+        return measured is not None and resolve(name, device_type) is room(measured)
+    if name == "reference" or room(name).unavailable(device_type) is not None:
+        return False
+    return hasattr(room(name), "norm_forward")
+
+
+# A constant to torch.compile, which can't trace it. torch.compiler.assume_constant_result sets the
+# same mark, but imports the whole compiler.
+prefers_norm._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def native_path(name: str, branches: Sequence[Tensor]) -> int | None:
     """The ``path`` with which ``psa_tail_native`` is what this choice comes to, or None."""
     return getattr(resolve(name, branches[0].device.type, branches), "native_path", None)
@@ -140,7 +175,7 @@ def _first_available(device_type: str) -> Any:
 def room(name: str) -> Any:
     """The backend, imported when first asked for."""
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'native')}")
-    return module if name in _MODULES else module.Room(name)
+    return module if name in _MODULES else module.make_room(name)
 
 
 def _check_name(name: str, where: str) -> None:

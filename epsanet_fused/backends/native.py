@@ -5,8 +5,9 @@ with AVX-512, AVX2 or the compiler's baseline, whichever is the widest that this
 (EPSANET_FUSED_CPU_CAPABILITY names a smaller one). On CUDA a sample is held on chip where it fits,
 else it is read twice.
 
-The library registers kernels for ``psa_tail_native`` and its backward; what those lack is autograd,
-which only ``psa_tail`` has.
+The library registers kernels for ``psa_tail_native`` and its backward, on a CPU also for
+``psa_tail_norm_native`` and its backward; what those lack is autograd, which only ``psa_tail`` and
+``psa_tail_norm`` have.
 """
 
 from __future__ import annotations
@@ -118,3 +119,21 @@ class Room:
             grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
             branch_grads, fc_grads, self.native_path,
         )  # fmt: skip
+
+
+class CpuRoom(Room):
+    """The CPU kernels, which psa_tail_norm has too."""
+
+    def norm_forward(
+        self, branches: Sequence[Tensor], *fc_and_norm: Tensor | float | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.epsanet_fused.psa_tail_norm_native(branches, *fc_and_norm)
+
+    def norm_backward(
+        self, grad: Tensor, branches: Sequence[Tensor], *rest: Tensor | float | bool | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return torch.ops.epsanet_fused.psa_tail_norm_native_backward(grad, branches, *rest)
+
+
+def make_room(name: str) -> Room:
+    return (CpuRoom if name == "cpu" else Room)(name)
