@@ -51,7 +51,8 @@ Checked = tuple[dict[str, dict[str, object]], dict[str, Prepared]]
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
-    add("--scope", choices=("tail", "module", "network"), default="tail")
+    add("--scope", choices=("tail", "norm", "module", "network"), default="tail",
+        help="norm: the tail and the BatchNorm2d and ReLU after it, in training")  # fmt: skip
     add("--mode", choices=tuple(NECESSARY), nargs="+", default=["inference"],
         help="training is forward and backward; of 16-bit modules in mixed precision")  # fmt: skip
     add("--stages", choices=tuple(STAGES), nargs="+", default=list(STAGES))
@@ -70,6 +71,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     finish_shared(parser, args)
     if args.scope != "tail" and "backward" in args.mode:
         parser.error("argument --mode: backward by itself is timed for --scope tail only")
+    if args.scope == "norm" and args.mode != ["training"]:
+        parser.error("argument --mode: --scope norm is for training")
     if args.scope != "network" and "best" in args.layout:
         parser.error("argument --layout: best is for --scope network")
     if args.input == "photos" and importlib.util.find_spec("sklearn") is None:

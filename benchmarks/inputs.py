@@ -46,6 +46,27 @@ class OperatorTail(LiteralTail):
         return ef.psa_tail(branches, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
+class NormTail(nn.Module):
+    """A tail, and the norm and the relu that follow it in a block."""
+
+    def __init__(self, tail: LiteralTail, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.tail = tail
+        self.norm = norm
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        return F.relu(self.norm(self.tail(*branches)))
+
+
+class OperatorNormTail(NormTail):
+    """The same by one operator."""
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        fc1, fc2 = self.tail.se.fc1, self.tail.se.fc2
+        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return ef.psa_tail_norm(branches, *weights, self.norm)
+
+
 class Settings(NamedTuple):
     """One point of a sweep."""
 
@@ -63,7 +84,11 @@ class Settings(NamedTuple):
     @property
     def autocast(self) -> torch.dtype | None:
         """16-bit training of anything with weights is mixed precision, as people train."""
-        mixed = self.scope != "tail" and self.mode != "inference" and self.dtype != "float32"
+        mixed = (
+            self.scope not in ("tail", "norm")
+            and self.mode != "inference"
+            and self.dtype != "float32"
+        )
         return self.torch_dtype if mixed else None
 
 
@@ -98,7 +123,12 @@ class Source:
         self._photos = load_photos() if kind == "photos" else None
 
     def workload(self, settings: Settings) -> Workload:
-        make = {"tail": self._tail, "module": self._module, "network": self._whole_network}
+        make = {
+            "tail": self._tail,
+            "norm": self._norm_tail,
+            "module": self._module,
+            "network": self._whole_network,
+        }
         return make[settings.scope](settings)
 
     def _tail(self, settings: Settings) -> Workload:
@@ -114,6 +144,12 @@ class Source:
         se = copy.deepcopy(module.se).to(self.device, settings.torch_dtype)
         size = sum(x.numel() * x.element_size() for x in inputs)
         return Workload(LiteralTail(se), OperatorTail(se), inputs, size)
+
+    def _norm_tail(self, settings: Settings) -> Workload:
+        tail = self._tail(settings)
+        norm = nn.BatchNorm2d(STAGES[settings.stage][0]).to(self.device, settings.torch_dtype)
+        literal, fused = NormTail(tail.literal, norm), OperatorNormTail(tail.fused, norm)
+        return Workload(literal, fused, tail.inputs, None)
 
     def _module(self, settings: Settings) -> Workload:
         module = self._place_weights(self._psa(settings.stage), settings)

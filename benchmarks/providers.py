@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from inputs import Workload
+from inputs import NormTail, Workload
 from torch import Tensor, nn
 
 import epsanet_fused as ef
@@ -39,7 +39,7 @@ class Provider(NamedTuple):
 
     prepare: Callable[[Workload, str, torch.dtype | None], Prepared]
     unavailable: Callable[[torch.device], str | None]
-    scopes: tuple[str, ...] = ("tail", "module", "network")
+    scopes: tuple[str, ...] = ("tail", "norm", "module", "network")
     modes: tuple[str, ...] = ("inference", "training", "backward")
     own_layout: bool = False  # whether it chooses its memory format itself
 
@@ -92,6 +92,13 @@ def _ours(choice: str, workload: Workload, mode: str, autocast: torch.dtype | No
     with ef.use_backend(choice):
         step = make_step(workload.fused, workload.inputs, mode, autocast)
     return Prepared(step, ran(choice, workload.inputs[0].device), choice, step)
+
+
+def _apart(workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
+    """psa_tail, then the norm, then the relu."""
+    module = NormTail(workload.fused.tail, workload.fused.norm)
+    step = make_step(module, workload.inputs, mode, autocast)
+    return Prepared(step, ran("auto", workload.inputs[0].device), "auto", step)
 
 
 def ran(choice: str, device: torch.device) -> str:
@@ -255,6 +262,7 @@ def _table() -> dict[str, Provider]:
         "fused-compile": Provider(bind(_compiled, True, None), _needs_compiler),
         "fused-graph": Provider(bind(_graphed, ours), _needs_cuda),
     }
+    table["apart"] = Provider(_apart, _anywhere, scopes=("norm",))
     network = {"scopes": ("network",), "modes": ("inference",)}
     frozen = bind(_frozen, lambda workload: workload.literal)
     optimal = {**network, "own_layout": True}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scripts import PNG, rows_of, script
 
-from epsanet_fused import timing
+from epsanet_fused import conv_plan, inference, timing
 from epsanet_fused.files import write_atomically
 
 
@@ -261,3 +261,35 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
         write_atomically(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path], "no temporary file stays"
+
+
+def test_norm_scope_times_the_operator_against_its_parts(tmp_path, bench, threads):
+    bench_psa = bench("bench_psa")
+    arguments = ["--scope", "norm", "--mode", "training", "--stages", "S4", "--batch", "2",
+                 "--reps", "5", "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
+    with torch.enable_grad():
+        assert bench_psa.run(bench_psa.parse(arguments)) == 0
+    rows = rows_of(tmp_path / "bench_psa.csv")
+    assert {"eager", "apart", "fused"} <= {row["provider"] for row in rows}
+    assert_sound(rows)
+    peak = {row["provider"]: int(row["peak_extra_bytes"]) for row in rows}
+    assert peak["fused"] < peak["apart"] / 2
+    with pytest.raises(SystemExit):
+        bench_psa.parse(["--scope", "norm", "--mode", "inference"])
+
+
+def test_network_scope_takes_everyones_best_layout(tmp_path, bench, threads, monkeypatch):
+    monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    bench_psa = bench("bench_psa")
+    providers = ["eager", "optimized", "resnet50:eager", "resnet50:optimized"]
+    arguments = ["--scope", "network", "--batch", "1", "--layout", "best", "--reps", "1",
+                 "--device", "cpu", "--out", str(tmp_path), "--providers", *providers]  # fmt: skip
+    assert bench_psa.run(bench_psa.parse(arguments)) == 0
+    rows = rows_of(tmp_path / "bench_psa.csv")
+    assert [row["provider"] for row in rows] == providers
+    assert {row["layout"] for row in rows} <= {"nchw", "channels_last"}
+    assert_sound(rows)
+    with pytest.raises(SystemExit):
+        bench_psa.parse(["--scope", "tail", "--layout", "best"])
