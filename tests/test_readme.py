@@ -59,3 +59,15 @@ def test_the_speeds_at_batch_1_are_the_measured_ones() -> None:
         ]
         assert len(speeds) == 8
         assert (float(low), float(high)) == (round(min(speeds), 1), round(max(speeds), 1))
+
+
+def test_the_network_table_is_the_measured_one() -> None:
+    rows = results("network-inference.csv")
+    shown = re.findall(r"^\| (float32|bfloat16) \| (\d+) \| (.*) \|$", README, re.MULTILINE)
+    providers = ("eager", "compile-freezing", "optimized", "optimized-compile",
+                 "resnet50:compile-freezing")  # fmt: skip
+    assert len(shown) == len({(r["dtype"], r["batch"]) for r in rows})
+    for dtype, batch, numbers in shown:
+        measured = {r["provider"]: r for r in rows if (r["dtype"], r["batch"]) == (dtype, batch)}
+        for number, provider in zip(numbers.split(" | "), providers, strict=True):
+            assert float(number) == round(float(measured[provider]["ms_p50"]), 1)
