@@ -42,8 +42,6 @@ from epsanet_fused.timing import Clock, Timing, Variant, interleave
 
 # What each mode has to move, in N: see above.
 NECESSARY = {"inference": 2, "training": 5, "backward": 3}
-
-
 LAYOUTS = ("nchw", "channels_last")
 # The row of each provider, and what there is to time of those whose results are right.
 Checked = tuple[dict[str, dict[str, object]], dict[str, Prepared]]
@@ -80,6 +78,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "argument --input: photos needs scikit-learn, which isn't installed; install it, or "
             "use --input randn"
         )
+    for name in args.providers or ():
+        if not any(PROVIDERS[name].fits(args.scope, mode) for mode in args.mode):
+            parser.error(
+                f"argument --providers: {name} is for --scope {' '.join(PROVIDERS[name].scopes)} "
+                f"and --mode {' '.join(PROVIDERS[name].modes)}"
+            )
     args.providers = args.providers or defaults(args.device, args.scope)
     return args
 
@@ -119,12 +123,14 @@ class Bench:
         began = time.perf_counter()
         torch._dynamo.reset()  # one case's compilations don't count against the next one's limit
         choices = LAYOUTS if settings.layout == "best" else (settings.layout,)
+        cases = [settings._replace(layout=layout) for layout in choices]
+        workloads = [self.source.workload(case) for case in cases]
         attempts = [
-            self._check(self.source.workload(s), s, i == 0)
-            for i, s in enumerate(settings._replace(layout=layout) for layout in choices)
+            self._check(workload, case, case is cases[0])
+            for workload, case in zip(workloads, cases, strict=True)
         ]
         rows, steps = self._faster(attempts)
-        workload = self.source.workload(settings._replace(layout=choices[0]))
+        workload = workloads[0]
         for name, step in steps.items():
             if step.memory_step is not None:
                 with ef.use_backend(step.choice):
@@ -181,7 +187,7 @@ class Bench:
                 continue
             row = rows[name] = self._row(settings, name)
             try:
-                step = PROVIDERS[name].prepare(workload, settings.mode, settings.autocast)
+                step = provider.prepare(workload, settings.mode, settings.autocast)
                 with ef.use_backend(step.choice):
                     verdict = judges[name.startswith(RIVAL)].judge(step.step())
             except Exception as error:  # one broken provider must not take the others along

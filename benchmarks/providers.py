@@ -278,7 +278,9 @@ def _table() -> dict[str, Provider]:
         table[RIVAL + name] = table[name]._replace(prepare=rival, scopes=("network",))
     for name in (*ef.backends(), *VARIANTS):
         if name != "reference":  # that is "cleaned"
-            table[name] = Provider(bind(_ours, name), bind(_needs_backend, name))
+            runs = Provider(bind(_ours, name), bind(_needs_backend, name))
+            # Not every backend has the operator of training; "fused" takes the one that does.
+            table[name] = runs._replace(scopes=("tail", "module", "network"))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -235,16 +236,15 @@ def candidates(problem: Problem) -> list[ConvPlan]:
 def fastest(problem: Problem) -> ConvPlan:
     """The plan that beats the convolution as it is by more than the measurement's error, or it."""
     own, *others = candidates(problem)
-    with torch.no_grad():
+    with torch.set_grad_enabled(problem.training):
         x, conv = problem.input(), problem.conv()
-        true = conv.float()(x.float())
-        conv.to(problem.dtype)
+        wide = torch.promote_types(problem.dtype, torch.float32)
+        true = _call(problem, copy.deepcopy(conv).to(wide), x.to(wide), own)()
         calls = {own: _call(problem, conv, x, own)}
         for plan in others:
             call = _call(problem, conv, x, plan)
-            if problem.training or _agrees(call(), true, problem.dtype):
+            if _agrees(call(), true):
                 calls[plan] = call
-    with torch.set_grad_enabled(problem.training):
         clock = make_clock(problem.device)
         best = float("inf")
         hopeful = {}
@@ -260,23 +260,30 @@ def fastest(problem: Problem) -> ConvPlan:
     return own if timings[winner].ties(timings[own]) else winner
 
 
-def _call(problem: Problem, conv: nn.Conv2d, x: Tensor, plan: ConvPlan) -> Callable[[], object]:
+def _call(
+    problem: Problem, conv: nn.Conv2d, x: Tensor, plan: ConvPlan
+) -> Callable[[], tuple[Tensor, ...]]:
+    """What to time: it returns the output, or in training the output and the gradients."""
     if not problem.training:
         planned = PlannedConv(conv, plan=plan, memory_format=problem.memory_format)
-        return functools.partial(planned, x)
-    x = x.requires_grad_()
+        return lambda: (planned(x),)
+    x = x.detach().requires_grad_()
 
     def train() -> tuple[Tensor, ...]:
         out = merged_conv(x, conv, plan.groups)
-        return torch.autograd.grad(out, (x, conv.weight), torch.ones_like(out))
+        grads = torch.autograd.grad(out, (x, conv.weight), torch.ones_like(out))
+        return out.detach(), *grads
 
     return train
 
 
-def _agrees(out: Tensor, true: Tensor, dtype: torch.dtype) -> bool:
+def _agrees(results: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> bool:
     """Whether it is what the convolution as it is gives, within rounding. Libraries do err."""
-    rounding = max(4 * torch.finfo(dtype).eps, 1e-5)
-    return bool((out.float() - true).abs().max() <= rounding * true.abs().max())
+    rounding = max(4 * torch.finfo(results[0].dtype).eps, 1e-5)
+    return all(
+        bool((out.to(exact) - exact).abs().max() <= rounding * exact.abs().max())
+        for out, exact in zip(results, true, strict=True)
+    )
 
 
 def _read(path: Path) -> dict[str, ConvPlan]:

@@ -61,7 +61,8 @@ def optimize_for_inference(
             the model's.
         cuda_graph: also capture the whole model in a CUDA graph for inputs like the example; others
             run without. Only for a model that returns one tensor.
-        inplace: change ``model`` itself, once all is measured, instead of a copy.
+        inplace: change ``model`` itself, once all is measured, instead of a copy. A model that is
+            itself nothing but a block, a PSA module or a row of blocks can only be replaced.
         plan_file: a file of convolution plans to read and to add to, see ``plan_convs``.
 
     Returns:

@@ -10,6 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from epsanet_fused.backends import chosen, prefers_norm
+from epsanet_fused.hooks import hooked
 from epsanet_fused.modules import FusedPSAModule
 from epsanet_fused.reference import CONV_GROUPS, CONV_KERNELS, PSAModule
 
@@ -83,18 +84,11 @@ class EPSABlock(nn.Module):
 
 
 def _is_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class does: no subclass, no hook of its own.
+    """Whether calling the module does what its class does: no subclass, no hook.
 
     A parametrised module is a subclass.
     """
-    return (
-        type(module) is kind
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    return type(module) is kind and "forward" not in vars(module) and not hooked(module)
 
 
 class EPSALargeBlock(EPSABlock):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.conv_weights import affine
+from epsanet_fused.hooks import hooked
 from epsanet_fused.modules import CONVS, is_psa
 from epsanet_fused.ops import psa_tail
 from epsanet_fused.planned_conv import ConvPlan, Derived, PlannedConv
@@ -115,7 +116,8 @@ class PlannedBlock(nn.Module):
                 "was made from, and optimize that again"
             )
         identity = x if self.downsample is None else self.downsample(x)
-        overwrite = overwrite or isinstance(self.downsample, ConvNorm)
+        if isinstance(self.downsample, ConvNorm):
+            overwrite = not hooked(self.downsample, self.downsample[0])
         out = self.conv2(self.conv1(x, relu=True), relu=True)
         return self.conv3(out, identity, relu=True, overwrite=overwrite)
 
@@ -126,15 +128,8 @@ class PlannedStage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self):
             # Whoever hooked in before or behind this tensor may have kept it.
-            watched = i > 0 and _hooked(self[i - 1], block, block.conv1)
-            x = block(x, overwrite=i > 0 and not watched)
+            x = block(x, overwrite=i > 0 and not hooked(self[i - 1], block, block.conv1))
         return x
-
-
-def _hooked(*modules: nn.Module) -> bool:
-    common = nn.modules.module
-    hooks = (common._global_forward_hooks, common._global_forward_pre_hooks)
-    return any(hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 class ConvNorm(nn.Sequential):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from epsanet_fused.conv_plan import inputs_of
+from epsanet_fused.hooks import hooked
 from epsanet_fused.modules import CONVS, is_psa
 from epsanet_fused.planned_blocks import (
     PassedNorm,
@@ -77,7 +78,7 @@ def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
     for name in targets.blocks:
         made = _replace(made, name, PlannedBlock(name, made.get_submodule(name), rewrites))
     for name, stage in list(made.named_modules()):
-        in_row = type(stage) is nn.Sequential and len(stage) > 0 and not hooks_of(stage)
+        in_row = type(stage) is nn.Sequential and len(stage) > 0 and not hooked(stage)
         if in_row and all(isinstance(block, PlannedBlock) for block in stage):
             made = _replace(made, name, PlannedStage(OrderedDict(stage.named_children())).eval())
     return made
@@ -104,7 +105,7 @@ def _like_block(module: nn.Module) -> bool:
 def _why_not(module: nn.Module) -> str | None:
     """What forbids to go around the parts of a block or of a PSA module."""
     for name, part in module.named_modules():
-        if hooks_of(part):
+        if hooked(part):
             return f"{name or 'it'} has hooks"
         if parametrize.is_parametrized(part):
             return f"{name or 'it'} has parametrised weights"
@@ -124,11 +125,6 @@ def _why_not(module: nn.Module) -> str | None:
                 kind = type(getattr(module, name)).__name__
                 return f"{name} is a {kind}, not a BatchNorm2d with running statistics"
     return None
-
-
-def hooks_of(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
 
 
 def _differs(name: str, module: nn.Module, x: Tensor | None) -> str | None:
@@ -163,9 +159,7 @@ def _stems(
         if any(block.startswith(f"{name}.") or (not name and block) for block in blocks)
         and is_plain_conv(getattr(m, "conv1", None))
         and is_norm(getattr(m, "bn1", None))
-        and not any(
-            hooks_of(part) or parametrize.is_parametrized(part) for part in (m.conv1, m.bn1)
-        )
+        and not any(hooked(part) or parametrize.is_parametrized(part) for part in (m.conv1, m.bn1))
     ]
     made: dict[str, list[Tensor]] = {name: [] for name in around}
     taken: dict[str, list[Tensor]] = {name: [] for name in around}

@@ -89,6 +89,20 @@ def test_what_a_library_gets_wrong_is_out_however_fast(monkeypatch):
     assert fastest(problem()).groups == 1
 
 
+def test_training_is_checked_down_to_the_gradients(monkeypatch):
+    timed(monkeypatch, lambda plan: float(plan.groups))
+    assert fastest(problem(training=True)).groups == 1
+    right = conv_plan.merged_conv
+
+    def merged_conv(x, conv, groups):
+        # The same output, but in one group a gradient that is a thousandth off.
+        out = right(x, conv, groups)
+        return out + 1e-3 * (out - out.detach()) if groups == 1 else out
+
+    monkeypatch.setattr(conv_plan, "merged_conv", merged_conv)
+    assert fastest(problem(training=True)).groups == 2
+
+
 def test_names_the_grouped_convolutions_of_psa_modules():
     model = nn.ModuleDict({"a": ef.PSAModule(64, 64), "other": nn.Conv2d(64, 64, 3, groups=4)})
     model.forward = lambda x: model["other"](model["a"](x))

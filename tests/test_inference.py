@@ -374,17 +374,21 @@ def test_nobody_sees_a_block_write_over_its_input():
     before = x.clone()
     true = made(x)
     assert torch.equal(x, before)
-    kept: list[Tensor] = []
-    watched = [(stage[0], "forward"), (stage[1], "pre"), (stage[1].conv1, "pre")]
-    for module, kind in watched:
-        for attempt in (1, 2):  # a first time to see what it is, a second to see it unchanged
-            if kind == "forward":
-                hook = module.register_forward_hook(lambda _m, _a, out: kept.append(out))
-            else:
-                hook = module.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
-            assert torch.equal(made(x), true)
-            hook.remove()
-            assert torch.equal(kept[0], kept[-1]), (kind, attempt)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(x: Tensor) -> None:
+        seen.append((x, x.clone()))
+
+    down = stage[0].downsample
+    afterwards, before_it = (stage[0], down, down[0]), (stage[1], stage[1].conv1)
+    watchers = [(m.register_forward_hook, lambda _m, _a, out: keep(out)) for m in afterwards]
+    watchers += [(m.register_forward_pre_hook, lambda _m, args: keep(args[0])) for m in before_it]
+    for register, watcher in watchers:
+        hook = register(watcher)
+        assert torch.equal(made(x), true)
+        hook.remove()
+        assert seen and all(torch.equal(now, then) for now, then in seen)
+        seen.clear()
     features = torch.randn(2, 256, 16, 16).to(memory_format=CHANNELS_LAST)
     middle = stage[0](features)
     copied = middle.clone()

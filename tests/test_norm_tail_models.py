@@ -209,3 +209,16 @@ def test_only_what_was_measured_is_the_default(calls: list) -> None:
     assert not calls
     block()(images(8, 64))
     assert len(calls) == 1
+
+
+def test_hooks_on_all_modules_see_every_part(calls: list) -> None:
+    model, seen = block(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, _x, _out: seen.append(m))
+    try:
+        model(images(8, 64))
+    finally:
+        hook.remove()
+    assert {model.conv2, model.bn2, model.relu} <= set(seen)
+    assert not calls
+    model(images(8, 64))
+    assert calls

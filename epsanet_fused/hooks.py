@@ -1,0 +1,20 @@
+"""Whether anybody watches a module: what goes around its call would go unseen."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_common = nn.modules.module
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether one of these modules has hooks of its own, or there are hooks on all modules."""
+    return bool(
+        _common._global_forward_hooks
+        or _common._global_forward_pre_hooks
+        or _common._global_backward_hooks
+        or _common._global_backward_pre_hooks
+    ) or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
