@@ -104,19 +104,21 @@ def _without_gradient(
     """The output by the compiled library, or None where another backend or autograd has to run.
 
     It spares the checks in Python, as the library refuses whatever they refuse, and two more trips
-    through Python: the smaller the tail, the more they weigh.
+    through Python: the smaller the tail, the more they weigh. What the library can't know is left
+    to the checks, too: a gradient that is due, and a relu that isn't a bool.
     """
-    if not isinstance(branches, (list, tuple)):
+    if not isinstance(branches, (list, tuple)) or not isinstance(relu, bool):
         return None
-    tensors = (*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    refuse_forward_mode("psa_tail", tensors)
+    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    refuse_forward_mode("psa_tail", (*branches, *fc))
     path = native_path(name, branches)
-    if path is None or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if path is None:
         return None
-    if scale is not None or shift is not None or relu is not False:
-        # What the library can't know: whether these require a gradient, or relu came as a number.
-        check_psa_tail(branches, *tensors[-4:], scale, shift, relu)
-    return _inference(branches, *tensors[-4:], scale, shift, relu, path)
+    if torch.is_grad_enabled():
+        epilogue = [v for v in (scale, shift) if v is not None]
+        if any(t.requires_grad for t in (*branches, *fc, *epilogue)):
+            return None
+    return _inference(branches, *fc, scale, shift, relu, path)
 
 
 def refuse_forward_mode(operator: str, tensors: Sequence[Tensor]) -> None:

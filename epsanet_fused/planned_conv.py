@@ -117,6 +117,7 @@ class PlannedConv(Derived):
         self.memory_format = memory_format
         self.fold = fold
         self.fused_calls = fused_calls
+        self.relu = False  # whether a ReLU follows wherever it is called
         self.groups, self.stride, self.dilation = conv.groups, conv.stride, conv.dilation
         self.padding = _padding(conv)
 
@@ -147,6 +148,7 @@ class PlannedConv(Derived):
         Args:
             overwrite: the residual's memory may be used for what comes out.
         """
+        relu = relu or self.relu
         x = x.contiguous(memory_format=self.plan.memory_format)
         if self.norm is None or self.fold:
             out = self._convolve(x, residual, relu, overwrite)
@@ -241,19 +243,19 @@ def run_onednn(
 ) -> Tensor:
     weight, bias, groups, stride, padding, dilation = call
     geometry = (padding, stride, dilation, groups)
-    ops = torch.ops.mkldnn
+    # The overloads by name: to find them by their arguments takes several microseconds.
+    pointwise = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
         after = "relu" if relu else "none"
-        return ops._convolution_pointwise(x, weight, bias, *geometry, after, [], "")
+        return pointwise.default(x, weight, bias, *geometry, after, [], "")
     if groups > 1 or not is_channels_last(x):
         # It would add by a kernel that isn't there for 16 bits.
-        return _then(
-            ops._convolution_pointwise(x, weight, bias, *geometry, "none", [], ""), residual, relu
-        )
+        out = pointwise.default(x, weight, bias, *geometry, "none", [], "")
+        return _then(out, residual, relu)
     addition = (weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], None)
     if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
-        return ops._convolution_pointwise_(residual, x, *addition)
-    return ops._convolution_pointwise(x, residual, *addition)
+        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *addition)
+    return pointwise.binary(x, residual, *addition)
 
 
 def run_cudnn(

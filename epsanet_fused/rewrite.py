@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from epsanet_fused.conv_plan import inputs_of
 from epsanet_fused.hooks import hooked
@@ -24,6 +27,7 @@ from epsanet_fused.planned_blocks import (
 )
 
 _BLOCK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample")
+_STEM = ("conv1", "bn1", "relu")
 
 
 class Targets(NamedTuple):
@@ -32,6 +36,7 @@ class Targets(NamedTuple):
     blocks: list[str]
     psas: list[str]  # that are in no such block
     stems: list[str]  # modules with a conv1 and then a bn1 of their own around the blocks
+    rectified: list[str]  # those of them where a relu comes next
     left_alone: dict[str, str]
 
 
@@ -62,7 +67,7 @@ def find_targets(model: nn.Module, args: tuple[Any, ...]) -> Targets:
             f"optimize_for_inference: model must hold an EPSABlock or a PSA module that can be "
             f"rewritten, but {type(model).__name__} {f'has only {reasons}' if left else 'has none'}"
         )
-    return Targets(blocks, psas, _stems(model, modules, blocks, args), left)
+    return Targets(blocks, psas, *_stems(model, modules, blocks, args), left)
 
 
 def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
@@ -73,6 +78,8 @@ def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
         if rewrites.fold:
             stem.conv1 = rewrites.conv(f"{name}.conv1".lstrip("."), stem.conv1, stem.bn1)
             stem.bn1 = PassedNorm(stem.bn1)
+            if name in targets.rectified and rewrites.fused_calls:
+                stem.conv1.relu, stem.relu = True, nn.Identity()
     for name in targets.psas:
         made = _replace(made, name, PlannedPSA(name, made.get_submodule(name), None, rewrites))
     for name in targets.blocks:
@@ -151,8 +158,11 @@ def _differs(name: str, module: nn.Module, x: Tensor | None) -> str | None:
 
 def _stems(
     model: nn.Module, modules: dict[str, nn.Module], blocks: list[str], args: tuple[Any, ...]
-) -> list[str]:
-    """Modules around the blocks whose own bn1 gets just what their own conv1 makes."""
+) -> tuple[list[str], list[str]]:
+    """Modules around the blocks whose own bn1 gets just what their own conv1 makes.
+
+    And those of them whose relu gets just what bn1 makes, where nothing else depends on it.
+    """
     around = [
         name
         for name, m in modules.items()
@@ -161,22 +171,44 @@ def _stems(
         and is_norm(getattr(m, "bn1", None))
         and not any(hooked(part) or parametrize.is_parametrized(part) for part in (m.conv1, m.bn1))
     ]
-    made: dict[str, list[Tensor]] = {name: [] for name in around}
-    taken: dict[str, list[Tensor]] = {name: [] for name in around}
-    hooks = []
-    for name in around:
-        stem = modules[name]
-        hooks.append(
-            stem.conv1.register_forward_hook(lambda _m, _a, out, n=name: made[n].append(out))
-        )
-        hooks.append(
-            stem.bn1.register_forward_pre_hook(lambda _m, a, n=name: taken[n].append(a[0]))
-        )
-    model(*args)
-    for hook in hooks:
-        hook.remove()
-    return [
+    runs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def remember(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        runs.setdefault(module, []).append((inputs[0], out))
+
+    parts = [getattr(modules[name], part, None) for name in around for part in _STEM]
+    hooks = {part: remember for part in parts if part is not None}
+    result = _with_hooks(model, args, hooks)
+
+    def follows(after: nn.Module | None, before: nn.Module) -> bool:
+        once = len(runs.get(after, ())) == len(runs.get(before, ())) == 1
+        return once and runs[after][0][0] is runs[before][0][1]
+
+    stems = [name for name in around if follows(modules[name].bn1, modules[name].conv1)]
+    rectified = [
         name
-        for name in around
-        if len(made[name]) == 1 and len(taken[name]) == 1 and made[name][0] is taken[name][0]
+        for name in stems
+        if type(relu := getattr(modules[name], "relu", None)) is nn.ReLU
+        and not hooked(relu)
+        and follows(relu, modules[name].bn1)
     ]
+    # Done twice, a relu changes nothing, unless something else takes what comes before it.
+    early = {modules[name].bn1: lambda _module, _inputs, out: F.relu(out) for name in rectified}
+    same = all(map(_same, tree_leaves(_with_hooks(model, args, early)), tree_leaves(result)))
+    return stems, rectified if same else []
+
+
+def _with_hooks(
+    model: nn.Module, args: tuple[Any, ...], hooks: dict[nn.Module, Callable[..., Any]]
+) -> Any:
+    """What the model returns with these forward hooks."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        return model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else True

@@ -79,3 +79,10 @@ def small(block: type[ef.EPSABlock] = ef.EPSABlock) -> ef.EPSANet:
     torch.manual_seed(0)
     model = ef.EPSANet(block, (1, 2, 1, 1), 5, planes=(64, 64, 64, 128))
     return calibrate(model, torch.randn(4, 3, 64, 64))
+
+
+def official() -> nn.Module:
+    """A network of another package whose blocks are built like the official ones."""
+    torch.manual_seed(0)
+    return calibrate(nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), OfficialBlock(64, 64),
+                                   OfficialBlock(256, 64)), torch.randn(4, 3, 32, 32))  # fmt: skip

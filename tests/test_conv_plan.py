@@ -39,6 +39,7 @@ def test_every_candidate_gives_the_same_numbers(dtype, memory_format):
     assert plans[0] == ConvPlan(16, (1, 1), memory_format), "first the convolution as it is"
     assert len(plans) == len(set(plans))
     assert {plan.memory_format for plan in plans} == {NCHW, CHANNELS_LAST}
+    assert (2, 1) in {plan.tile for plan in plans}
     assert any(plan.tile == (2, 4) for plan in plans) == (dtype == torch.float32)
     conv, x = p.conv(), p.input()
     with torch.no_grad():

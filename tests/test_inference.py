@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from networks import OfficialBlock, ResNetBlock, calibrate, small
+from networks import OfficialBlock, calibrate, small
+from rewrites import ALONE, CHANNELS_LAST, NCHW, assert_same, rewritten
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import epsanet_fused as ef
 from epsanet_fused import conv_plan, inference, timing
-from epsanet_fused.planned_blocks import PlannedBlock, PlannedPSA, PlannedStage, Rewrites
-from epsanet_fused.planned_conv import ConvPlan
-from epsanet_fused.rewrite import apply, find_targets
+from epsanet_fused.planned_blocks import PlannedBlock, PlannedPSA
 from epsanet_fused.timing import summarise
 
-NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
-NONE = Rewrites(NCHW, fold=False, epilogue=False, fused_calls=False)
 optimize = ef.optimize_for_inference
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,98 +29,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "SECONDS", 0.0)
     monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
-
-
-def plans(model: nn.Module, memory_format: torch.memory_format) -> dict[str, ConvPlan]:
-    """One plan after another for the grouped convolutions."""
-    kinds = itertools.cycle(["merged", "wide", "tiled", "dense", "other format"])
-    found = {}
-    for name, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d) and conv.groups > 1:
-            kind, g = next(kinds), conv.groups
-            # What plan_convs wouldn't try in 16 bits, where libraries get it wrong.
-            exact = conv.weight.dtype.itemsize > 2
-            found[name] = {
-                "merged": ConvPlan(g // 2, (1, 1), memory_format),
-                "wide": ConvPlan(g, (1, 2) if exact else (1, 1), memory_format),
-                "tiled": ConvPlan(g // 2, (2, 4) if exact else (1, 1), memory_format),
-                "dense": ConvPlan(1, (1, 1), memory_format),
-                "other format": ConvPlan(g, (1, 1), NCHW),
-            }[kind]
-    return found
-
-
-def rewritten(model: nn.Module, x: Tensor, rewrites: Rewrites) -> nn.Module:
-    with torch.no_grad():
-        return apply(model, find_targets(model, (x,)), rewrites)
-
-
-def assert_same(model: nn.Module, made: nn.Module, *inputs: Tensor, rtol: float = 1e-4) -> None:
-    with torch.no_grad():
-        for x in inputs:
-            true, out = model(x), made(x)
-            assert (out - true).abs().max() <= rtol * true.abs().max()
-
-
-NETWORKS = [ef.epsanet50, ef.epsanet101, ef.epsanet50_large, ef.epsanet101_large]
-ALONE: dict[str, Callable[[nn.Module], Rewrites]] = {
-    "fold": lambda model: NONE._replace(fold=True),
-    "epilogue": lambda model: NONE._replace(epilogue=True),
-    "fused calls": lambda model: NONE._replace(fold=True, fused_calls=True),
-    "plans": lambda model: NONE._replace(plans=plans(model, NCHW)),
-    "format": lambda model: NONE._replace(memory_format=CHANNELS_LAST),
-    "all": lambda model: Rewrites(CHANNELS_LAST, plans=plans(model, CHANNELS_LAST)),
-    "all nchw": lambda model: Rewrites(NCHW, plans=plans(model, NCHW)),
-}
-
-
-@pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
-def test_each_rewrite_alone_and_all_together(build):
-    x = torch.randn(1, 3, 225, 193)
-    model = calibrate(build(num_classes=10, fused=False), torch.randn(2, 3, 225, 193))
-    with torch.no_grad():
-        true = model(x)
-        targets = find_targets(model, (x,))
-        assert len(targets.blocks) == {50: 16, 101: 33}[int(build.__name__[7:].split("_")[0])]
-        assert targets.stems == [""]
-        assert not targets.psas and not targets.left_alone
-        for name, rewrites in ALONE.items():
-            out = apply(model, targets, rewrites(model))(x)
-            assert (out - true).abs().max() <= 1e-4 * true.abs().max(), name
-        assert torch.equal(model(x), true), "and the model is what it was"
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_in_float64_only_the_order_of_sums_differs(name):
-    """Rounding is too small here for a wrong formula to hide in it."""
-    model, x = small().double(), torch.randn(2, 3, 65, 47, dtype=torch.float64)
-    assert_same(model, rewritten(model, x, ALONE[name](model)), x, rtol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_is_no_further_off_than_plain_pytorch(dtype):
-    """Half a dozen images together: the worst of a few logits by themselves is luck."""
-    model, x = small(), torch.randn(6, 3, 64, 64)
-    with torch.no_grad():
-        true = copy.deepcopy(model).double()(x.double())
-        plain = copy.deepcopy(model).to(dtype)
-        made = rewritten(plain, x.to(dtype), ALONE["all"](plain))
-        limit = 2 * (plain(x.to(dtype)).double() - true).norm()
-        limit += torch.finfo(dtype).eps / 2 * true.norm()
-        assert (made(x.to(dtype)).double() - true).norm() <= limit
-
-
-@pytest.mark.parametrize("name", ["all", "all nchw"])
-def test_other_batches_sizes_and_formats_than_the_examples(name):
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    made = rewritten(model, x, ALONE[name](model)).requires_grad_(False)
-    others = [torch.randn(5, 3, 64, 64), torch.randn(1, 3, 33, 129), torch.randn(0, 3, 64, 64)]
-    others += [torch.randn(2, 3, 32, 32), torch.randn(3, 3, 40, 72).to(memory_format=CHANNELS_LAST)]
-    for other in others:
-        if other.numel():
-            assert_same(model, made, other)
-        else:
-            assert made(other).shape == (0, 5)
 
 
 def test_the_whole_way():
@@ -174,40 +77,6 @@ def test_in_place_when_told_so(dtype):
     torch.testing.assert_close(out, true.to(out.dtype), rtol=1e-4, atol=1e-4)
 
 
-def all_on(x: Tensor, model: nn.Module) -> nn.Module:
-    return rewritten(model, x, ALONE["all"](model)).requires_grad_(False)
-
-
-@pytest.mark.parametrize(
-    "again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
-def test_copies_are_models_of_their_own(again):
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    made = all_on(x, model)
-    out = made(x)
-    twin = again(made)
-    assert torch.equal(twin(x), out)
-    with torch.no_grad():
-        twin.layer1[0].bn3.weight.mul_(2)
-        twin.conv1.weight.mul_(2)
-    assert not torch.equal(twin(x), out)
-    assert torch.equal(made(x), out)
-    model.load_state_dict(twin.state_dict())
-    assert_same(model, twin, x)
-
-
-def test_a_checkpoint_loaded_later_counts():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    made = rewritten(copy.deepcopy(model), x, ALONE["all"](model))
-    with torch.no_grad():
-        made(x)
-    torch.manual_seed(5)
-    other = calibrate(ef.EPSANet(ef.EPSABlock, (1, 2, 1, 1), 5, planes=(64, 64, 64, 128)),
-                      torch.randn(4, 3, 64, 64))  # fmt: skip
-    made.load_state_dict(other.state_dict())
-    assert_same(other, made, x)
-
-
 def test_what_does_not_win_is_not_applied(monkeypatch):
     model, x = small(), torch.randn(2, 3, 64, 64)
 
@@ -242,25 +111,6 @@ def test_nothing_is_rewritten_where_nothing_wins(monkeypatch):
     assert_same(model, made, x, rtol=0)
 
 
-def official() -> nn.Module:
-    """A network of another package whose blocks are built like the official ones."""
-    torch.manual_seed(0)
-    return calibrate(nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), OfficialBlock(64, 64),
-                                   OfficialBlock(256, 64)), torch.randn(4, 3, 32, 32))  # fmt: skip
-
-
-def test_blocks_are_known_by_structure():
-    model, x = official(), torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        targets = find_targets(model, (x,))
-        assert targets.blocks == ["1", "2"]
-    for name, rewrites in ALONE.items():
-        made = rewritten(model, x, rewrites(model))
-        assert isinstance(made[2], PlannedBlock), name
-        assert list(made.state_dict()) == list(model.state_dict())
-        assert_same(model, made, x)
-
-
 def test_psa_modules_in_other_blocks_and_by_themselves():
     model = calibrate(nn.Sequential(nn.Conv2d(3, 64, 1), ef.PSAModule(64, 64), nn.BatchNorm2d(64)),
                       torch.randn(2, 3, 16, 16))  # fmt: skip
@@ -271,22 +121,6 @@ def test_psa_modules_in_other_blocks_and_by_themselves():
     alone = ef.FusedPSAModule(64, 64).eval()
     x = torch.randn(2, 64, 9, 9)
     assert_same(alone, optimize(alone, x), x)
-
-
-def test_stages_keep_the_names_of_their_blocks():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    model.layer2 = nn.Sequential(OrderedDict(zip("ab", model.layer2, strict=True)))
-    made = rewritten(model, x, ALONE["all"](model))
-    assert isinstance(made.layer2, PlannedStage)
-    assert list(made.state_dict()) == list(model.state_dict())
-    assert_same(model, made, x)
-
-
-def test_resnets_bottlenecks_too():
-    model = small(ResNetBlock)
-    x = torch.randn(2, 3, 64, 64)
-    for rewrites in ALONE.values():
-        assert_same(model, rewritten(model, x, rewrites(model)), x)
 
 
 class Reverse(nn.Module):
@@ -349,54 +183,11 @@ def test_what_is_odd_is_left_alone_and_named(change, says):
     assert_same(model, made, x)
 
 
-def test_a_stem_that_is_watched_is_left_alone():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    seen = []
-    model.bn1.register_forward_hook(lambda _m, _a, out: seen.append(out))
-    made = all_on(x, model)
-    seen.clear()
-    assert_same(model, made, x)
-    assert torch.equal(seen[0], seen[1])
-
-
 def test_a_block_that_the_example_does_not_reach_is_left_alone():
     model, x = small(), torch.randn(2, 3, 64, 64)
     model.spare = OfficialBlock(64, 64).eval()
     made = optimize(model, x, memory_format=CHANNELS_LAST)
     assert "left alone: spare: the example input doesn't reach it" in str(made.report)
-
-
-def test_nobody_sees_a_block_write_over_its_input():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    made = all_on(x, model)
-    stage = made.layer2
-    assert isinstance(stage, PlannedStage) and len(stage) == 2
-    before = x.clone()
-    true = made(x)
-    assert torch.equal(x, before)
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def keep(x: Tensor) -> None:
-        seen.append((x, x.clone()))
-
-    down = stage[0].downsample
-    afterwards, before_it = (stage[0], down, down[0]), (stage[1], stage[1].conv1)
-    watchers = [(m.register_forward_hook, lambda _m, _a, out: keep(out)) for m in afterwards]
-    watchers += [(m.register_forward_pre_hook, lambda _m, args: keep(args[0])) for m in before_it]
-    for register, watcher in watchers:
-        hook = register(watcher)
-        assert torch.equal(made(x), true)
-        hook.remove()
-        assert seen and all(torch.equal(now, then) for now, then in seen)
-        seen.clear()
-    features = torch.randn(2, 256, 16, 16).to(memory_format=CHANNELS_LAST)
-    middle = stage[0](features)
-    copied = middle.clone()
-    stage[1](middle)
-    assert torch.equal(middle, copied), "blocks called one by one keep their inputs"
-    kept_features = features.clone()
-    stage(features)
-    assert torch.equal(features, kept_features)
 
 
 def test_there_is_no_training_mode_and_no_gradient():
@@ -406,17 +197,6 @@ def test_there_is_no_training_mode_and_no_gradient():
     with pytest.raises(RuntimeError, match="no training mode"):
         made.train()(x)
     made.eval()(x)
-
-
-def test_a_frozen_copy_compiles_without_graph_breaks():
-    from torch._inductor import config as inductor
-
-    model, x = official(), torch.randn(2, 3, 32, 32)
-    made = rewritten(model, x, ALONE["all"](model)).requires_grad_(False)
-    with inductor.patch(freezing=True), torch.no_grad():
-        assert_same(model, torch.compile(made, fullgraph=True), x)
-        exported = torch.export.export(made, (x,)).module()
-        assert_same(model, exported, x)
 
 
 ARGUMENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

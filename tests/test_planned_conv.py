@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from epsanet_fused.conv_plan import TALL_TILES
 from epsanet_fused.conv_weights import merge_weight, narrow, widen_weight
 from epsanet_fused.planned_conv import ConvPlan, PlannedConv, merged_conv
 
@@ -152,6 +153,28 @@ def test_any_geometry_can_be_widened(tile, merged, stride, padding, size, layout
     with torch.no_grad():
         out = planned(conv, None, (merged, tile), layout)(x)
         torch.testing.assert_close(out, conv(x), rtol=1e-4, atol=1e-5)
+
+
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    tile=st.sampled_from(TALL_TILES),
+    width=st.sampled_from([16, 32, 64]),  # of a branch
+    kernel=st.sampled_from([(3, 1), (5, 4), (7, 8), (9, 16)]),  # with its groups
+    merge=st.sampled_from([1, 2, 4]),
+    stride=st.integers(1, 2),
+    size=st.tuples(st.integers(4, 40), st.integers(4, 40)),
+)
+@settings(max_examples=100, deadline=None)
+def test_tall_tiles_are_right_in_16_bits(dtype, tile, width, kernel, merge, stride, size):
+    """Of the branches' kernels; for wider ones the library has kernels that are wrong."""
+    torch.manual_seed(0)
+    k, groups = kernel
+    conv = nn.Conv2d(4 * width, width, k, stride, k // 2, groups=groups, bias=False).to(dtype)
+    x = torch.randn(2, 4 * width, *size, dtype=dtype)
+    with torch.no_grad():
+        true = copy.deepcopy(conv).double()(x.double())
+        out = planned(conv, None, (max(groups // merge, 1), tile), torch.channels_last)(x)
+    assert (out.double() - true).abs().max() <= 4 * torch.finfo(dtype).eps * true.abs().max()
 
 
 @pytest.mark.parametrize(
