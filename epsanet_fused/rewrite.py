@@ -171,18 +171,20 @@ def _stems(
         and is_norm(getattr(m, "bn1", None))
         and not any(hooked(part) or parametrize.is_parametrized(part) for part in (m.conv1, m.bn1))
     ]
-    runs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    calls: dict[nn.Module, list[tuple[tuple[Any, ...], Any]]] = {}
 
-    def remember(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        runs.setdefault(module, []).append((inputs[0], out))
+    def remember(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+        calls.setdefault(module, []).append((inputs, out))
 
-    parts = [getattr(modules[name], part, None) for name in around for part in _STEM]
-    hooks = {part: remember for part in parts if part is not None}
+    parts = (getattr(modules[name], part, None) for name in around for part in _STEM)
+    hooks = {part: remember for part in parts if isinstance(part, nn.Module)}
     result = _with_hooks(model, args, hooks)
 
-    def follows(after: nn.Module | None, before: nn.Module) -> bool:
-        once = len(runs.get(after, ())) == len(runs.get(before, ())) == 1
-        return once and runs[after][0][0] is runs[before][0][1]
+    def follows(after: Any, before: nn.Module) -> bool:
+        if not len(calls.get(after, ())) == len(calls.get(before, ())) == 1:
+            return False
+        [(inputs, _)], [(_, made)] = calls[after], calls[before]
+        return len(inputs) == 1 and inputs[0] is made
 
     stems = [name for name in around if follows(modules[name].bn1, modules[name].conv1)]
     rectified = [
