@@ -7,13 +7,17 @@ BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 OUT ?= out
 
-.PHONY: bench test test-sanitized test-matrix gpu-check digits lint clean
+.PHONY: bench test test-targets test-sanitized test-matrix gpu-check digits lint clean
 
 bench: $(BUILT)
 	$(VENV)/bin/python benchmarks/bench_psa.py --out $(OUT)
 
 test: $(BUILT)
-	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile --timeout 600
+	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu -m "not slow" -n 2 --dist loadfile --timeout 600
+
+# The Triton kernels compiled for the targets that `make test` leaves out.
+test-targets: $(BUILT)
+	$(VENV)/bin/python -m pytest tests/test_compiled_kernels.py -m slow -n 2 --dist loadgroup
 
 # The CPU kernels under AddressSanitizer and UBSan.
 test-sanitized: $(BUILT)
