@@ -23,7 +23,7 @@ from norm_cases import (
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused.backends import room
+from epsanet_fused.backends import resolve_norm, room
 from epsanet_fused.oracle import bound, max_error
 
 SMALL = Shape(3, 4, 12, 5, 6, 3)
@@ -342,3 +342,9 @@ def test_a_backend_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(room("triton"), "norm_forward")
     with ef.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' doesn't have it"):
         ef.psa_tail_norm(case.branches, *case.fc, nn.BatchNorm2d(48))
+
+
+def test_auto_passes_over_a_backend_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where ``cuda`` is measured to be the fastest for the tail."""
+    monkeypatch.setitem(resolve_norm.__globals__, "resolve", lambda *_: object())
+    assert resolve_norm("auto", "cpu") is room("cpu")

@@ -33,6 +33,7 @@ def test_every_cut_gives_the_right_numbers(
     for table in (config.RECALIBRATE, config.FC_GRAD):
         monkeypatch.setitem(table, "interpreted", table["compiled"])
     monkeypatch.setattr(config, "FOLD_BYTES", 1 << 30 if cut == "fold" else 0)
+    monkeypatch.setattr(config, "PROGRAMS", 16)  # for two splits, of several tiles each
     case = make_case(SHAPES[shape], layout=LAYOUTS[layout])
     with ef.use_backend("triton"):
         assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))

@@ -97,7 +97,7 @@ def sum_config(
     )
     all_tiles = cdiv(HW, block_p)
     splits = 1
-    if not (fold_gate or interpreted):
+    if not fold_gate:
         splits = min(all_tiles, cdiv(PROGRAMS, B * cdiv(C, block_c)))
     tiles = cdiv(all_tiles, splits)
     return SumConfig(block_c, block_p, row.warps, tiles, cdiv(all_tiles, tiles), fold_gate)
