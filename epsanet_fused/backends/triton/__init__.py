@@ -163,10 +163,11 @@ def norm_backward(
         sums = norm_launch.gradient_sums(problem, squeeze, attention, norm)
         norm_launch.gradient_statistics(problem, sums, *samples, norm, both, for_attention)
         if branch_grads or fc_grads:
-            grad_attention, weight, shift, factor, spread = for_attention
+            grad_attention, weight, shift, factor, constant = for_attention
+            spread = torch.empty_like(squeeze)
             for_fc = _for_fc(squeeze, fc1_weight.shape[0]) if fc_grads else (None,) * 3
             norm_launch.gate_backward(
-                problem, grad_attention, squeeze, attention, fc, spread, for_fc
+                problem, grad_attention, squeeze, attention, fc, constant, spread, for_fc
             )
             if fc_grads:
                 launch.fc_grads(squeeze, for_fc, grad_fc)

@@ -83,14 +83,14 @@ def _totals(sums, products, b, splits, i, mask, SC, ACC: tl.constexpr):
 @triton.jit
 def gradient_statistics_kernel(
     sums, products, squeeze, deviation, attention, mean, var, gamma, beta,
-    grad_gamma, grad_beta, grad_attention, weight, shift, factor, spread, B, C, HW, splits,
+    grad_gamma, grad_beta, grad_attention, weight, shift, factor, constant, B, C, HW, splits,
     S: tl.constexpr, EPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of gamma and beta (S * C,) and, unless None, of the attention (B, S, C).
 
-    With that also what the branches' gradients are made of, see _normalize; to ``spread`` the part
-    that comes through the squeeze is yet to be added. Grid: cdiv(S * C, BLOCK_K).
+    With that also what the branches' gradients are made of, see _normalize: spread is ``constant``
+    and what comes back through the squeeze. Grid: cdiv(S * C, BLOCK_K).
     """
     i = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     k = ((S - 1 - i // C) * C + i % C)[None, :]
@@ -130,17 +130,20 @@ def gradient_statistics_kernel(
             tl.store(weight + rows, w, mask=mask)
             tl.store(shift + rows, z, mask=mask)
             tl.store(factor + rows, -w * a * slope, mask=mask)
-            tl.store(spread + rows, -w * rest, mask=mask)
+            tl.store(constant + rows, -w * rest, mask=mask)
 
 
 @triton.jit
 def norm_gate_backward_kernel(
     grad_attention, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-    spread, hidden, grad_pre1, grad_pre2, C, HW, R,
+    constant, spread, hidden, grad_pre1, grad_pre2, C, HW, R,
     S: tl.constexpr, BLOCK_S: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add to spread what each pixel gets back through the squeeze; see select_backward. Grid: B."""
+    """spread (B, S, C): constant, and what each pixel gets back through the squeeze. Grid: B.
+
+    Also what fc's gradients are made of; see select_backward.
+    """
     b = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, CHANNELS)
@@ -152,5 +155,5 @@ def norm_gate_backward_kernel(
         grad, z, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         hidden, grad_pre1, grad_pre2, offsets, b, s, c, C, R, S, BLOCK_R, ACC,
     )  # fmt: skip
-    so_far = tl.load(spread + offsets, mask=mask, other=0.0)
-    tl.store(spread + offsets, so_far + grad_z / HW, mask=mask)
+    rest = tl.load(constant + offsets, mask=mask, other=0.0)
+    tl.store(spread + offsets, rest + grad_z / HW, mask=mask)

@@ -28,9 +28,9 @@ def _deviations(
     DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of a split's pixels: first, the sum of x - first, and that of squares around their own mean.
+    """first, a split's sum of x - first, and its sum of squares around its own mean: (BLOCK_C,).
 
-    ``first`` is the sample's first pixel, or 0 if that is no number. All are (BLOCK_C,).
+    ``first`` is the sample's first pixel, or 0 if that is no number.
     """
     lanes = tl.arange(0, BLOCK_P)
     begin = tile_offsets(b, c, tl.zeros((1,), tl.int32), part_strides, DIV, CHANNELS_LAST)
@@ -59,16 +59,16 @@ def _deviations(
 
 @triton.jit
 def _deviations_of_sample(
-    parts, part_strides, sums, squares, squeeze, b, c_begin, c_end, split, splits, tiles, C, HW,
+    parts, part_strides, first, sums, squares, b, c_begin, c_end, split, splits, tiles, C, HW,
     S: tl.constexpr, DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Write sums and squares[b, split, :, c_begin:c_end]; to squeeze the number sums start from."""
+    """Write sums and squares[b, split, :, c_begin:c_end], and first[b, :, c_begin:c_end]."""
     p_begin = split * (tiles * BLOCK_P)
     for c0 in range(c_begin, c_end, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         for s in tl.static_range(S):
-            first, total, around = _deviations(
+            pixel, total, around = _deviations(
                 parts[s], part_strides[s], b, c, C, HW, p_begin, tiles,
                 DIV, CHANNELS_LAST, BLOCK_C, BLOCK_P, ACC,
             )  # fmt: skip
@@ -76,13 +76,13 @@ def _deviations_of_sample(
             tl.store(sums + place, total, mask=c < C)
             tl.store(squares + place, around, mask=c < C)
             if split == 0:
-                tl.store(squeeze + (b * S + s) * C + c, first, mask=c < C)
+                tl.store(first + (b * S + s) * C + c, pixel, mask=c < C)
 
 
 @triton.jit
 def _squeeze_and_select(
-    sums, squares, squeeze, deviation, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-    b, splits, share, C, HW, R,
+    first, sums, squares, squeeze, deviation, attention,
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, b, splits, share, C, HW, R,
     S: tl.constexpr, BLOCK_S: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _squeeze_and_select(
         from_mean = tl.load(sums + place, mask=mask, other=0.0) / n - mean
         around += tl.load(squares + place, mask=mask, other=0.0) + n * from_mean * from_mean
     offsets = (b * S + s)[:, None] * C + c[None, :]
-    z = tl.load(squeeze + offsets, mask=mask, other=0.0) + mean
+    z = tl.load(first + offsets, mask=mask, other=0.0) + mean
     tl.store(squeeze + offsets, z, mask=mask)
     tl.store(deviation + offsets, around, mask=mask)
     select(
@@ -109,37 +109,38 @@ def _squeeze_and_select(
 
 @triton.jit
 def deviation_kernel(
-    parts, part_strides, sums, squares, squeeze, C, HW, splits, tiles,
+    parts, part_strides, first, sums, squares, C, HW, splits, tiles,
     S: tl.constexpr, DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sums and squares (B, splits, S, C). Grid: B * splits * cdiv(C, BLOCK_C)."""
+    """first (B, S, C), sums and squares (B, splits, S, C). Grid: B * splits * cdiv(C, BLOCK_C)."""
     C, HW = extents(C, HW, DIV, CHANNELS_LAST)
     b, split, c_begin = sums_place(C, splits, BLOCK_C)
     _deviations_of_sample(
-        parts, part_strides, sums, squares, squeeze, b, c_begin, c_begin + BLOCK_C, split, splits,
+        parts, part_strides, first, sums, squares, b, c_begin, c_begin + BLOCK_C, split, splits,
         tiles, C, HW, S, DIV, CHANNELS_LAST, BLOCK_C, BLOCK_P, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def norm_gate_kernel(
-    sums, squares, squeeze, deviation, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-    C, HW, R, splits, share,
+    first, sums, squares, squeeze, deviation, attention,
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, C, HW, R, splits, share,
     S: tl.constexpr, BLOCK_S: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """squeeze, deviation and attention (B, S, C), from sums and squares. Grid: B."""
+    """squeeze, deviation and attention (B, S, C), from what deviation_kernel wrote. Grid: B."""
     b = tl.program_id(0).to(tl.int64)
     _squeeze_and_select(
-        sums, squares, squeeze, deviation, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-        b, splits, share, C, HW, R, S, BLOCK_S, CHANNELS, BLOCK_R, ACC,
+        first, sums, squares, squeeze, deviation, attention,
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, b, splits, share, C, HW, R,
+        S, BLOCK_S, CHANNELS, BLOCK_R, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def deviation_gate_kernel(
-    parts, part_strides, sums, squares, squeeze, deviation, attention,
+    parts, part_strides, first, sums, squares, squeeze, deviation, attention,
     fc1_weight, fc1_bias, fc2_weight, fc2_bias, C, HW, R, tiles,
     S: tl.constexpr, DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -149,13 +150,14 @@ def deviation_gate_kernel(
     C, HW = extents(C, HW, DIV, CHANNELS_LAST)
     b = tl.program_id(0).to(tl.int64)
     _deviations_of_sample(
-        parts, part_strides, sums, squares, squeeze, b, 0, C, 0, 1, tiles, C, HW,
+        parts, part_strides, first, sums, squares, b, 0, C, 0, 1, tiles, C, HW,
         S, DIV, CHANNELS_LAST, BLOCK_C, BLOCK_P, ACC,
     )  # fmt: skip
     tl.debug_barrier()  # they were written by other threads of this program
     _squeeze_and_select(
-        sums, squares, squeeze, deviation, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-        b, 1, HW, C, HW, R, S, BLOCK_S, CHANNELS, BLOCK_R, ACC,
+        first, sums, squares, squeeze, deviation, attention,
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, b, 1, HW, C, HW, R,
+        S, BLOCK_S, CHANNELS, BLOCK_R, ACC,
     )  # fmt: skip
 
 

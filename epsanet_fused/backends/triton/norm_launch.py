@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton import cdiv
 
@@ -38,21 +39,22 @@ def deviations_and_gate(
     itemsize, interpreted = p.cat.element_size(), kernels.INTERPRETED
     cfg = config.sum_config(B, S, C, HW, itemsize, p.channels_last, True, interpreted)
     sums, squares = squeeze.new_empty((2, B, cfg.splits, S, C))
-    pixels = (p.parts, p.part_strides, sums, squares, squeeze)
+    scratch = (torch.empty_like(squeeze), sums, squares)
+    samples = (squeeze, deviation, attention)
     gate = gate_constants(S, C, R=fc[0].shape[0])
     blocks = {"BLOCK_C": cfg.block_c, "BLOCK_P": cfg.block_p}
     if cfg.fold_gate:
         norm_kernels.deviation_gate_kernel[(B,)](
-            *pixels, deviation, attention, *fc, tiles=cfg.tiles, num_warps=cfg.warps,
+            p.parts, p.part_strides, *scratch, *samples, *fc, tiles=cfg.tiles, num_warps=cfg.warps,
             **blocks, **gate, **tile_arguments(p), **OPTIONS,
         )  # fmt: skip
         return
     norm_kernels.deviation_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
-        *pixels, splits=cfg.splits, tiles=cfg.tiles, num_warps=cfg.warps,
+        p.parts, p.part_strides, *scratch, splits=cfg.splits, tiles=cfg.tiles, num_warps=cfg.warps,
         **blocks, **tile_arguments(p), **OPTIONS,
     )  # fmt: skip
     norm_kernels.norm_gate_kernel[(B,)](
-        sums, squares, squeeze, deviation, attention, *fc, C=C, HW=HW, splits=cfg.splits,
+        *scratch, *samples, *fc, C=C, HW=HW, splits=cfg.splits,
         share=cfg.tiles * cfg.block_p, S=S, ACC=ACC[p.acc], **gate, **OPTIONS,
     )  # fmt: skip
 
@@ -101,7 +103,8 @@ def gradient_statistics(
 ) -> None:
     """Backward: write the gradients of gamma and beta, and for_attention, all (B, S, C).
 
-    Those are the attention's gradient, and weight, shift, factor and spread for ``normalize``.
+    Those are the attention's gradient; weight, shift and factor for ``normalize``; and the constant
+    for ``gate_backward``.
     """
     grid, arguments = _statistics(p, norm)
     norm_backward_kernels.gradient_statistics_kernel[grid](
@@ -116,14 +119,15 @@ def gate_backward(
     squeeze: Tensor,
     attention: Tensor,
     fc: Sequence[Tensor],
+    constant: Tensor,
     spread: Tensor,
     for_fc: Sequence[Tensor | None],
 ) -> None:
-    """Backward: complete ``spread``, and write for_fc as ``launch.sum_and_gate`` does."""
+    """Backward: write spread, and for_fc as ``launch.sum_and_gate`` does."""
     B, S, C, HW = p.sizes
     norm_backward_kernels.norm_gate_backward_kernel[(B,)](
-        grad_attention, squeeze, attention, *fc, spread, *for_fc, C=C, HW=HW, S=S, ACC=ACC[p.acc],
-        **gate_constants(S, C, R=fc[0].shape[0]), **OPTIONS,
+        grad_attention, squeeze, attention, *fc, constant, spread, *for_fc,
+        C=C, HW=HW, S=S, ACC=ACC[p.acc], **gate_constants(S, C, R=fc[0].shape[0]), **OPTIONS,
     )  # fmt: skip
 
 
