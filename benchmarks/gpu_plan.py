@@ -43,8 +43,9 @@ def plan(scratch: Path, sanitizer: str | None) -> list[Step]:
     return [
         Step("environment", card, 15, False),
         *build_steps(),
-        Step("tests", (*tests, f"--junitxml={scratch / 'gpu-tests.xml'}"), 140, False),
+        Step("tests", (*tests, f"--junitxml={scratch / 'gpu-tests.xml'}"), 170, False),
         *tail_steps(scratch),
+        norm_step(scratch),
         *sanitizer_steps(scratch, sanitizer),
         measured(scratch, "conv-cost", 70, "conv_cost.py"),
         *network_steps(scratch),
@@ -85,6 +86,18 @@ def tail_steps(scratch: Path) -> list[Step]:
         psa(scratch, "tail-backward", 45, "tail", "backward", *grid),
         psa(scratch, "tail-compiled", 60, "tail", "inference training", *compiled),
     ]
+
+
+def norm_step(scratch: Path) -> Step:
+    """The operator of training against its parts: what backends/norm_table.py is to be filled by.
+
+    Whatever "auto" takes for it: forward and backward at all sizes, in both layouts.
+    """
+    options = (
+        "--cache", "cold", "--batch", "128", "32", "--layout", "nchw", "channels_last",
+        "--dtype", "float16", "float32", "--providers", "eager", "apart", "fused",
+    )  # fmt: skip
+    return psa(scratch, "norm-training", 30, "norm", "training", *options)
 
 
 def sanitizer_steps(scratch: Path, sanitizer: str | None) -> list[Step]:

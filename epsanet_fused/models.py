@@ -72,7 +72,7 @@ class EPSABlock(nn.Module):
         return self.relu(out + identity)
 
     def _takes_norm_tail(self, x: Tensor) -> bool:
-        """Whether psa_tail_norm does what conv2, bn2 and relu would do here, and does it faster."""
+        """Whether psa_tail_norm does what conv2, bn2 and relu would do here, and is to do it."""
         return (
             self.bn2.training
             and _is_plainly(self.conv2, FusedPSAModule)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from epsanet_fused.backends.triton import backward, forward, launch
+from epsanet_fused.backends.triton import backward, forward, launch, norm_backward, norm_forward
 from epsanet_fused.layout import empty_output
 
 STAGES = {"S1": (16, 56), "S2": (32, 28), "S3": (64, 14), "S4": (128, 7)}  # C of a branch, H = W
@@ -30,6 +31,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # A batch for each row of the table.
 BATCHES = {"small": 1, "large": 512}
+# Of psa_tail_norm, as compiling takes its time: together all of its kernels, once where a row of
+# pixels is odd and once where channels are inner.
+NORM_CASES = [("S4", "fp16", "nchw", "large"), ("S1", "bf16", "channels_last", "small")]
 
 
 class StandInDriver:
@@ -62,9 +66,10 @@ def main(name: str) -> None:
         return result
 
     JITFunction.run = compile_only
-    for stage, dtype, layout, batch in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES):
+    cases = [(run_tail, *case) for case in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES)]
+    for run, stage, dtype, layout, batch in cases + [(run_norm, *case) for case in NORM_CASES]:
         compiled.clear()
-        run_operator(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch])
+        run(*inputs(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch]))
         for kernel, result in compiled:
             line = {"kernel": kernel, "stage": stage, "dtype": dtype, "layout": layout}
             line |= {"batch": batch, "shared": result.metadata.shared}
@@ -75,21 +80,31 @@ def main(name: str) -> None:
             print(json.dumps(line))
 
 
-def run_operator(
+def inputs(
     stage: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format, batch: int
-) -> None:
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The branches and the fc tensors."""
     C, H = stage
     # Never filled and never read: on most systems such pages cost nothing.
     shape = (batch, C, H, H)
     branches = [torch.empty(shape, dtype=dtype, memory_format=layout) for _ in range(4)]
     R = C // 16
-    fc = [torch.empty(s) for s in ((R, C), (R,), (C, R), (C,))]
+    return branches, [torch.empty(s) for s in ((R, C), (R,), (C, R), (C,))]
+
+
+def run_tail(branches: list[Tensor], fc: list[Tensor]) -> None:
     out, squeeze, attention = forward(branches, *fc, None, None, False)
     grad = torch.empty_like(out)
     backward(grad, branches, squeeze, attention, *fc, True, True)
-    scale, shift = torch.empty(4 * C), torch.empty(4 * C)
+    scale, shift = torch.empty(2, out.shape[1])
     problem = launch.problem(branches, empty_output(branches))
     launch.recalibrate(problem, attention, None, scale, shift, True)
+
+
+def run_norm(branches: list[Tensor], fc: list[Tensor]) -> None:
+    norm = (*torch.empty(2, len(branches) * branches[0].shape[1]), 1e-5)  # gamma, beta, eps
+    out, *stats = norm_forward(branches, *fc, *norm)
+    norm_backward(torch.empty_like(out), branches, *stats, *fc, *norm, True, True, True)
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from epsanet_fused.layout import accumulator_dtype
 from epsanet_fused.oracle import evaluate, plain_tail
 
 # The operator over plain PyTorch, and the backends that have kernels for it.
-NORM_BACKENDS = ["fallback", "cpu"]
+FAST_BACKENDS = ["fallback", "cpu"]
+NORM_BACKENDS = [*FAST_BACKENDS, "triton"]
 # With two values per channel a norm gives 1 and -1 whatever they are: all gradients would cancel.
 NORM_SHAPES = SHAPES | {"1x1": SHAPES["1x1"]._replace(B=5)}
 MARGIN = 0.02
@@ -35,6 +36,15 @@ def plain_norm_tail(branches: Sequence[Tensor], *fc_and_norm: Any) -> Tensor:
     return F.relu(norm(plain_tail(branches, *fc)))
 
 
+def by_backend(cases: Sequence[Any], few: Sequence[Any]) -> list[Any]:
+    """Each with a backend's name before it: all cases, but few where an interpreter runs them."""
+    return [
+        (name, *(case if isinstance(case, tuple) else (case,)))
+        for name in NORM_BACKENDS
+        for case in (cases if name in FAST_BACKENDS else few)
+    ]
+
+
 def with_gap(x: Tensor) -> Tensor:
     """x with nothing between -0.5 and 0.5: there the thresholds are."""
     return x + 0.5 * torch.where(x < 0, -1.0, 1.0)
@@ -46,17 +56,18 @@ def make_norm_case(
     layout: torch.memory_format = torch.contiguous_format,
     fc_dtype: torch.dtype | None = None,
     change: Callable[[list[Tensor]], list[Tensor]] = lambda branches: branches,
+    device: str = "cpu",
     **options: Any,
 ) -> NormCase:
     """``make_case`` with a norm; ``change`` may make other branches of the values."""
-    branches, fc, grad = make_case(shape, torch.float32, layout)
+    branches, fc, grad = make_case(shape, torch.float32, layout, device)
     branches = change([with_gap(x / (1 + s)) for s, x in enumerate(branches)])
     branches = [x.to(dtype) for x in branches]
     fc = [t.to(fc_dtype or dtype) for t in fc]
     case = NormCase(branches, fc, [], grad.to(dtype), options)
     if not options.get("affine", True):
         return case
-    gamma = torch.linspace(-1.5, 1.5, grad.shape[1]) + 0.01
+    gamma = torch.linspace(-1.5, 1.5, grad.shape[1], device=device) + 0.01
     beta = thresholds(case, gamma)
     return case._replace(affine=[t.to(accumulator_dtype(dtype)) for t in (gamma, beta)])
 
@@ -67,7 +78,7 @@ def thresholds(case: NormCase, gamma: Tensor) -> Tensor:
     rows = F.batch_norm(p, None, None, gamma.double(), training=True).transpose(0, 1).flatten(1)
     n = rows.shape[1]
     if n == 0:
-        return torch.zeros(len(gamma))
+        return torch.zeros_like(gamma)
     ordered = rows.sort(1).values[:, n // 4 : max(n - n // 4, n // 4 + 1)]  # (K, about n / 2)
     if ordered.shape[1] == 1:
         return (1 - ordered[:, 0]).float()
@@ -80,7 +91,7 @@ def thresholds(case: NormCase, gamma: Tensor) -> Tensor:
 def evaluate_norm(tail: NormTail, case: NormCase, dtype: torch.dtype | None = None) -> list[Tensor]:
     """The output, the gradients of branches, fc, gamma and beta, then the running statistics."""
     acc = accumulator_dtype(dtype or case.branches[0].dtype)
-    norm = nn.BatchNorm2d(case.grad.shape[1], **case.options).to(acc)
+    norm = nn.BatchNorm2d(case.grad.shape[1], **case.options).to(case.grad.device, acc)
 
     def run(branches: Sequence[Tensor], *tensors: Tensor) -> Tensor:
         if case.affine:
@@ -103,7 +114,7 @@ def expected_norm(case: NormCase) -> tuple[list[Tensor], list[Tensor]]:
 
 def check_margin(case: NormCase) -> None:
     """That the case is what it was made to be: no value at which a rounding decides."""
-    norm = nn.BatchNorm2d(case.grad.shape[1], **case.options).double()
+    norm = nn.BatchNorm2d(case.grad.shape[1], **case.options).to(case.grad.device, torch.float64)
     if case.affine:
         del norm.weight, norm.bias
         norm.weight, norm.bias = (t.double() for t in case.affine)

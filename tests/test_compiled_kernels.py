@@ -35,6 +35,22 @@ KERNELS = {
     "fc_grad_kernel",
     "recalibrate_kernel",
     "recalibrate_flat_kernel",
+    "deviation_kernel",
+    "norm_gate_kernel",
+    "deviation_gate_kernel",
+    "statistics_kernel",
+    "normalize_kernel",
+    "normalize_flat_kernel",
+    "gradient_sum_kernel",
+    "gradient_statistics_kernel",
+    "norm_gate_backward_kernel",
+}
+SUM_KERNELS = {
+    "sum_kernel",
+    "sum_gate_kernel",
+    "deviation_kernel",
+    "deviation_gate_kernel",
+    "gradient_sum_kernel",
 }
 # A minute each, so the others have a make target of their own. Groups are for xdist's workers.
 QUICK = ("cuda:90", "hip:gfx942")
@@ -87,11 +103,11 @@ def test_streams_are_accessed_128_bits_at_a_time(target: str) -> None:
     """In each kernel that streams, S loads (and S stores) are as wide as the layout allows."""
     for kernel in compile_for(target):
         name, nchw = kernel["kernel"], kernel["layout"] == "nchw"
-        if name in ("sum_kernel", "sum_gate_kernel"):
+        if name in SUM_KERNELS:
             # 49 floats leave a row 4 bytes aligned, 196 floats 16 bytes.
             itemsize = 4 if kernel["dtype"] == "fp32" else 2
             width = NCHW_SUM_WIDTH[kernel["stage"]] * itemsize // 2 if nchw else 128
             assert kernel["loads"].get(str(min(width, 128)), 0) >= 4, kernel
-        elif name.startswith("recalibrate"):
+        elif name.startswith(("recalibrate", "normalize")):
             assert kernel["loads"].get("128", 0) >= 4, kernel
             assert set(kernel["stores"]) == {"128"}, kernel

@@ -24,8 +24,8 @@ def test_gpu_check_without_a_gpu_says_so_before_doing_anything(tmp_path):
 def test_gpu_check_dry_run_prints_the_plan(tmp_path):
     done = script("gpu_check.py", "--dry-run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for step in ("environment", "tests", "tail-forward", "tail-backward", "conv-cost", "module",
-                 "network-training"):  # fmt: skip
+    for step in ("environment", "tests", "tail-forward", "tail-backward", "norm-training",
+                 "conv-cost", "module", "network-training"):  # fmt: skip
         assert f"\n{step} (up to " in f"\n{done.stdout}"
     assert not (tmp_path / "out").exists()
 
@@ -44,7 +44,7 @@ def test_every_planned_command_parses(sanitizer, tmp_path, bench, monkeypatch):
                 args = bench(name).parse(command[command.index(path) + 1 :])
                 assert args.device.type == "cuda" and args.seconds == 50
                 parsed += 1
-    assert parsed == (10 if sanitizer is None else 12)
+    assert parsed == (11 if sanitizer is None else 13)
     assert all(gpu_plan.allotment(steps, i, 515) > 0 for i in range(len(steps)))
 
 

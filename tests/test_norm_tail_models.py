@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from cases import run_by
-from norm_cases import NORM_BACKENDS
+from norm_cases import FAST_BACKENDS
 from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused import modules
-from epsanet_fused.backends import norm_table, prefers_norm
+from epsanet_fused.backends import norm_table, prefers_norm, room
 from epsanet_fused.oracle import max_error
 
 
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return found
 
 
-@pytest.fixture(params=NORM_BACKENDS)
+@pytest.fixture(params=FAST_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with run_by(request.param):
         if request.param == "fallback":  # as if it had been measured to win
@@ -188,10 +188,26 @@ def test_a_converted_model_takes_the_plain_path() -> None:
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_a_backend_without_it_takes_the_plain_path(calls: list, name: str) -> None:
+def test_a_backend_without_it_takes_the_plain_path(
+    calls: list, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr(room("triton"), "norm_forward")
     with ef.use_backend(name):
         block()(images(8, 64)).sum().backward()
     assert not calls
+
+
+def test_a_block_takes_the_kernels_that_it_was_asked_for(calls: list) -> None:
+    """Those of a card, which "auto" doesn't take, are what use_backend gives a block."""
+    layout = torch.channels_last
+    x = images(8, 64).double().contiguous(memory_format=layout)
+    fused, plain = (block(fused=f).double().to(memory_format=layout) for f in (True, False))
+    with ef.use_backend("triton"):
+        results = sgd(fused, x, 2)
+    assert calls == 2 * [fused.bn2]
+    for name, exact in sgd(plain, x, 2).items():
+        limit = 1e-9 * max(1.0, exact.abs().max().item())
+        assert max_error(results[name].double(), exact.double()) <= limit, name
 
 
 def test_tracing_takes_the_plain_path(calls: list) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from cases import LAYOUTS, Shape, assert_accurate, expected, make_case
+from norm_cases import evaluate_norm, expected_norm, make_norm_case
+from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
@@ -29,9 +33,27 @@ def test_every_cut_gives_the_right_numbers(
     for table in (config.RECALIBRATE, config.FC_GRAD):
         monkeypatch.setitem(table, "interpreted", table["compiled"])
     monkeypatch.setattr(config, "FOLD_BYTES", 1 << 30 if cut == "fold" else 0)
+    monkeypatch.setattr(config, "PROGRAMS", 16)  # for two splits, of several tiles each
     case = make_case(SHAPES[shape], layout=LAYOUTS[layout])
     with ef.use_backend("triton"):
         assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+
+
+@pytest.mark.parametrize("cut", [name for name in config.SUM if name != "interpreted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_cut_gives_the_right_norm(
+    monkeypatch: pytest.MonkeyPatch, cut: str, layout: str
+) -> None:
+    """Several tiles in each of several splits, and several steps over the batch."""
+    monkeypatch.setitem(config.SUM, "interpreted", config.SUM[cut])
+    monkeypatch.setitem(config.NORMALIZE, "interpreted", config.NORMALIZE[layout])
+    monkeypatch.setitem(config.FC_GRAD, "interpreted", config.FC_GRAD["compiled"])
+    monkeypatch.setitem(config.STATISTICS, "interpreted", (2, 8))
+    monkeypatch.setattr(config, "FOLD_BYTES", 1 << 30 if cut == "fold" else 0)
+    monkeypatch.setattr(config, "PROGRAMS", 8)
+    case = make_norm_case(Shape(3, 2, 5, 23, 30, 2), layout=LAYOUTS[layout])
+    with ef.use_backend("triton"):
+        assert_accurate(evaluate_norm(ef.psa_tail_norm, case), *expected_norm(case))
 
 
 def test_splits_cover_every_pixel_once() -> None:
@@ -61,8 +83,10 @@ def test_dense_inputs_are_not_copied() -> None:
     for whole in (x, x.contiguous(memory_format=torch.channels_last)):
         for parts in (list(whole.chunk(3, 1)), list(whole[:, :, 1:4].chunk(3, 1))):
             cat = torch.empty(2, 12, *parts[0].shape[2:])
-            problem = launch.problem(parts, cat)
+            grads = [torch.empty_like(x) for x in parts]
+            problem = launch.problem(parts, cat, grads)
             assert [p.data_ptr() for p in problem.parts] == [p.data_ptr() for p in parts]
+            assert [g.data_ptr() for g in problem.grads] == [g.data_ptr() for g in grads]
 
 
 def test_strides_keep_their_divisor() -> None:
@@ -70,7 +94,8 @@ def test_strides_keep_their_divisor() -> None:
     parts = [torch.empty(2, 3, 14, 14) for _ in range(2)]
     problem = launch.problem(parts, torch.empty(2, 6, 14, 14))
     assert problem.div == 4
-    assert problem.strides == ((147, 49, 1), (147, 49, 1), (294, 49, 1))
+    assert problem.part_strides == ((147, 49, 1), (147, 49, 1))
+    assert problem.cat_strides == (294, 49, 1)
 
 
 @pytest.mark.parametrize("far", ["sample", "channel"])
@@ -85,12 +110,17 @@ def test_offsets_beyond_32_bits(far: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = True
     case = make_case(Shape(2, 2, 2, 4, 4, 1), torch.float16)
     leaf = memory.as_strided((2, 2, 4, 4), strides).copy_(case.branches[0]).requires_grad_()
+
+    def tail_norm(branches: Sequence[Tensor], *fc: Tensor) -> Tensor:
+        return ef.psa_tail_norm(branches, *fc, nn.BatchNorm2d(4))
+
     with ef.use_backend("triton"):
-        out = ef.psa_tail([leaf, case.branches[1]], *case.fc)
-        (grad,) = torch.autograd.grad(out, leaf, case.grad)
-        near = evaluate(ef.psa_tail, *case)
-    assert torch.equal(out, near[0])
-    assert torch.equal(grad, near[1])
+        for tail in (ef.psa_tail, tail_norm):
+            out = tail([leaf, case.branches[1]], *case.fc)
+            (grad,) = torch.autograd.grad(out, leaf, case.grad)
+            near = evaluate(tail, *case)
+            assert torch.equal(out, near[0])
+            assert torch.equal(grad, near[1])
 
 
 def test_an_image_of_too_many_pixels_is_refused() -> None:

@@ -125,14 +125,15 @@ def resolve_norm(name: str, device_type: str, branches: Sequence[Tensor] = ()) -
         RuntimeError: if the one asked for can't run on such a device, or lacks them.
     """
     found = resolve(name, device_type, branches)
-    if hasattr(found, "norm_forward"):
-        return found
-    if name != "auto":
-        raise RuntimeError(
-            f"psa_tail_norm: the backend {name!r} doesn't have it; 'auto' runs it in plain PyTorch "
-            f"where no other backend has it"
-        )
-    return room("reference")
+    if not hasattr(found, "norm_forward"):
+        if name != "auto":
+            raise RuntimeError(
+                f"psa_tail_norm: the backend {name!r} doesn't have it; 'auto' runs it in plain "
+                f"PyTorch where no other backend has it"
+            )
+        # What is the fastest for the tail may lack it.
+        found = _first_available(device_type)
+    return found if hasattr(found, "norm_forward") else room("reference")
 
 
 def prefers_norm(name: str, device_type: str) -> bool:

@@ -51,6 +51,15 @@ RECALIBRATE = {
     "compiled": RecalibrateRow(tile=1024, pixels=512, warps=4),
     "interpreted": RecalibrateRow(tile=65536, pixels=4096, warps=4),
 }
+# What normalizes loads three or five numbers of each channel too. For channels_last a thread has
+# one vector of channels, and keeps their numbers for two pixels.
+NORMALIZE = {
+    "nchw": RECALIBRATE["compiled"],
+    "channels_last": RecalibrateRow(tile=2048, pixels=512, warps=4),
+    "interpreted": RECALIBRATE["interpreted"],
+}
+# What gathers a batch's statistics: at most so many samples and channels at a time.
+STATISTICS = {"compiled": (256, 8), "interpreted": (4096, 4096)}
 # What sums up the fc gradients: at most so many channels and hidden units for one program.
 FC_GRAD = {"compiled": (16, 4), "interpreted": (4096, 4096)}
 
@@ -73,10 +82,10 @@ class RecalibrateConfig(NamedTuple):
 
 def sum_config(
     B: int, S: int, C: int, HW: int, itemsize: int, channels_last: bool, products: bool,
-    interpreted: bool,
+    interpreted: bool, may_fold: bool = True,
 ) -> SumConfig:  # fmt: skip
-    """How to sum the parts, or their products with the cat."""
-    fold_gate = S * C * HW * itemsize <= FOLD_BYTES
+    """How to sum the parts, or, with two numbers to keep in mind, products of or with them."""
+    fold_gate = may_fold and S * C * HW * itemsize <= FOLD_BYTES
     if interpreted:
         row = SUM["interpreted"]
     elif fold_gate:
@@ -88,7 +97,7 @@ def sum_config(
     )
     all_tiles = cdiv(HW, block_p)
     splits = 1
-    if not (fold_gate or interpreted):
+    if not fold_gate:
         splits = min(all_tiles, cdiv(PROGRAMS, B * cdiv(C, block_c)))
     tiles = cdiv(all_tiles, splits)
     return SumConfig(block_c, block_p, row.warps, tiles, cdiv(all_tiles, tiles), fold_gate)
@@ -98,8 +107,24 @@ def recalibrate_config(
     C: int, HW: int, channels_last: bool, interpreted: bool
 ) -> RecalibrateConfig:
     row = RECALIBRATE["interpreted" if interpreted else "compiled"]
+    return _write_config(row, C, HW, channels_last)
+
+
+def normalize_config(C: int, HW: int, channels_last: bool, interpreted: bool) -> RecalibrateConfig:
+    compiled = "channels_last" if channels_last else "nchw"
+    row = NORMALIZE["interpreted" if interpreted else compiled]
+    return _write_config(row, C, HW, channels_last)
+
+
+def _write_config(row: RecalibrateRow, C: int, HW: int, channels_last: bool) -> RecalibrateConfig:
     block_c, block_p = _cut(row.tile, row.pixels, C, HW, channels_last)
     return RecalibrateConfig(row.tile, block_c, block_p, row.warps)
+
+
+def statistics_blocks(B: int, SC: int, interpreted: bool) -> tuple[int, int]:
+    """BLOCK_B and BLOCK_K."""
+    most_b, most_k = STATISTICS["interpreted" if interpreted else "compiled"]
+    return min(most_b, next_power_of_2(B)), min(most_k, next_power_of_2(SC))
 
 
 def fc_grad_blocks(C: int, R: int, interpreted: bool) -> tuple[int, int, int]:

@@ -1,12 +1,6 @@
-"""The Triton kernels, read top to bottom: squeeze, gate, recalibrate; and their way back.
+"""The Triton kernels of the tail, read top to bottom: sums, gate, recalibrate; and their way back.
 
-Words: the *parts* are the S tensors (B, C, H, W), the branches or their gradients; the *cat* is
-the one tensor (B, S * C, H, W) that holds them in reverse, the output or its gradient. H and W are
-one flat pixel index p of HW values. Strides are (batch, channel, pixel), in elements.
-
-DIV is a power of two that divides the inner extent (pixels for NCHW, channels for channels_last)
-and all strides but the inner one. Those arguments come divided by it: multiplied here by a
-constant, they tell the compiler how wide it may load (196 pixels: four at a time).
+``pieces.py`` explains the words and the arguments.
 
 Loops over the S branches are unrolled: a recalibrating program has S independent loads in flight.
 """
@@ -17,20 +11,20 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from epsanet_fused.backends.triton.pieces import (
+    extents,
+    per_channel,
+    run_place,
+    select,
+    select_backward,
+    split_total,
+    sums_place,
+    tile_offsets,
+    tile_place,
+)
+
 # Decided when the kernels are decorated, that is on import.
 INTERPRETED = knobs.runtime.interpret
-
-
-@triton.jit
-def _tile_offsets(b, c, p, strides, DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Offsets (BLOCK_C, BLOCK_P) of channels c and pixels p of sample b; int64 throughout."""
-    batch = b * strides[0] * DIV
-    c = c.to(tl.int64)[:, None]
-    p = p.to(tl.int64)[None, :]
-    if CHANNELS_LAST:
-        return batch + c * strides[1] + p * strides[2] * DIV
-    else:
-        return batch + c * strides[1] * DIV + p * strides[2]
 
 
 @triton.jit
@@ -44,10 +38,10 @@ def _channel_sums(
     for tile in range(0, tiles):
         p = p_begin + tile * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = (c < C)[:, None] & (p < HW)[None, :]
-        offsets = _tile_offsets(b, c, p, part_strides, DIV, CHANNELS_LAST)
+        offsets = tile_offsets(b, c, p, part_strides, DIV, CHANNELS_LAST)
         x = tl.load(part + offsets, mask=mask, other=0.0).to(ACC)
         if cat is not None:
-            offsets = _tile_offsets(b, k + c, p, cat_strides, DIV, CHANNELS_LAST)
+            offsets = tile_offsets(b, k + c, p, cat_strides, DIV, CHANNELS_LAST)
             x *= tl.load(cat + offsets, mask=mask, other=0.0).to(ACC)
         total += x
     return tl.sum(total, axis=1)
@@ -72,70 +66,6 @@ def _sum_sample(
 
 
 @triton.jit
-def _total(sums, b, splits, s, c, mask, C, S: tl.constexpr, ACC: tl.constexpr):
-    """The splits' sums of sample b added up in a fixed order: (BLOCK_S, CHANNELS)."""
-    total = tl.zeros(mask.shape, ACC)
-    for split in range(0, splits):
-        row = (b * splits + split) * S + s
-        total += tl.load(sums + row[:, None] * C + c[None, :], mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
-def _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC: tl.constexpr):
-    """relu(fc1 z) for hidden units r, and fc1's rows: (BLOCK_S, BLOCK_R), (BLOCK_R, CHANNELS)."""
-    mask = (r < R)[:, None] & (c < C)[None, :]
-    w1 = tl.load(fc1_weight + r[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)
-    h = tl.sum(z[:, None, :] * w1[None, :, :], axis=2)
-    h += tl.load(fc1_bias + r, mask=r < R, other=0.0).to(ACC)[None, :]
-    # A NaN passes, as in PyTorch's relu; but not into the padding, where an infinite z makes one.
-    return tl.where((h < 0) | (r >= R)[None, :], 0.0, h), w1
-
-
-@triton.jit
-def _fc2_rows(fc2_weight, r, c, C, R, ACC: tl.constexpr):
-    """fc2's columns r as rows: (BLOCK_R, CHANNELS)."""
-    mask = (r < R)[:, None] & (c < C)[None, :]
-    return tl.load(fc2_weight + c[None, :] * R + r[:, None], mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _sigmoid_gate(
-    z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, c, C, R, BLOCK_R: tl.constexpr, ACC: tl.constexpr
-):
-    """sigmoid(fc2 relu(fc1 z)): (BLOCK_S, CHANNELS)."""
-    pre = tl.zeros(z.shape, ACC) + tl.load(fc2_bias + c, mask=c < C, other=0.0).to(ACC)[None, :]
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        h, _ = _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC)
-        w2 = _fc2_rows(fc2_weight, r, c, C, R, ACC)
-        pre += tl.sum(h[:, :, None] * w2[None, :, :], axis=1)
-    return 1.0 / (1.0 + tl.exp(-pre))
-
-
-@triton.jit
-def _fc_backward(
-    z, pre2, fc1_weight, fc1_bias, fc2_weight, hidden, grad_pre1, b, s, c, C, R,
-    S: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The gradient of z from that of the gate before its sigmoid: (BLOCK_S, CHANNELS)."""
-    grad_z = tl.zeros(z.shape, ACC)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        h, w1 = _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC)
-        w2 = _fc2_rows(fc2_weight, r, c, C, R, ACC)
-        pre1 = tl.sum(pre2[:, None, :] * w2[None, :, :], axis=2)
-        pre1 = tl.where((h <= 0) | (r >= R)[None, :], 0.0, pre1)
-        grad_z += tl.sum(pre1[:, :, None] * w1[None, :, :], axis=1)
-        if hidden is not None:
-            offsets = (b * S + s)[:, None] * R + r[None, :]
-            mask = (s < S)[:, None] & (r < R)[None, :]
-            tl.store(hidden + offsets, h, mask=mask)
-            tl.store(grad_pre1 + offsets, pre1, mask=mask)
-    return grad_z
-
-
-@triton.jit
 def _gate_sample(
     sums, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     spread, hidden, grad_pre1, grad_pre2, b, splits, C, HW, R,
@@ -151,28 +81,21 @@ def _gate_sample(
     c = tl.arange(0, CHANNELS)
     mask = (s < S)[:, None] & (c < C)[None, :]
     offsets = (b * S + s)[:, None] * C + c[None, :]
-    total = _total(sums, b, splits, s, c, mask, C, S, ACC)
+    total = split_total(sums, b, splits, s, c, mask, C, S, ACC)
     if spread is None:
         z = total / HW
-    else:
-        z = tl.load(squeeze + offsets, mask=mask, other=0.0)
-    gate = _sigmoid_gate(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, c, C, R, BLOCK_R, ACC)
-    if spread is None:
-        # The gate is in (0, 1): its exponential needs no maximum subtracted.
-        e = tl.where((s < S)[:, None], tl.exp(gate), 0.0)
         tl.store(squeeze + offsets, z, mask=mask)
-        tl.store(attention + offsets, e / tl.sum(e, axis=0)[None, :], mask=mask)
-    else:
-        a = tl.load(attention + offsets, mask=mask, other=0.0)
-        mean = tl.sum(total * a, axis=0)[None, :]
-        pre2 = tl.where(mask, a * (total - mean) * gate * (1.0 - gate), 0.0)
-        grad_z = _fc_backward(
-            z, pre2, fc1_weight, fc1_bias, fc2_weight, hidden, grad_pre1, b, s, c, C, R,
+        select(
+            z, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias, offsets, s, c, C, R,
             S, BLOCK_R, ACC,
         )  # fmt: skip
+    else:
+        z = tl.load(squeeze + offsets, mask=mask, other=0.0)
+        grad_z = select_backward(
+            total, z, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+            hidden, grad_pre1, grad_pre2, offsets, b, s, c, C, R, S, BLOCK_R, ACC,
+        )  # fmt: skip
         tl.store(spread + offsets, grad_z / HW, mask=mask)
-        if grad_pre2 is not None:
-            tl.store(grad_pre2 + offsets, pre2, mask=mask)
 
 
 @triton.jit
@@ -185,15 +108,8 @@ def sum_kernel(
 
     Grid: B * splits * cdiv(C, BLOCK_C).
     """
-    if CHANNELS_LAST:
-        C *= DIV
-    else:
-        HW *= DIV
-    blocks = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    c_begin = pid % blocks * BLOCK_C
-    split = pid // blocks % splits
-    b = (pid // blocks // splits).to(tl.int64)
+    C, HW = extents(C, HW, DIV, CHANNELS_LAST)
+    b, split, c_begin = sums_place(C, splits, BLOCK_C)
     _sum_sample(
         parts, part_strides, cat, cat_strides, sums, b, c_begin, c_begin + BLOCK_C, split, splits,
         tiles, C, HW, S, DIV, CHANNELS_LAST, BLOCK_C, BLOCK_P, ACC,
@@ -226,10 +142,7 @@ def sum_gate_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """sum_kernel and gate_kernel in one launch, a program for each sample. Grid: B."""
-    if CHANNELS_LAST:
-        C *= DIV
-    else:
-        HW *= DIV
+    C, HW = extents(C, HW, DIV, CHANNELS_LAST)
     b = tl.program_id(0).to(tl.int64)
     _sum_sample(
         parts, part_strides, cat, cat_strides, sums, b, 0, C, 0, 1, tiles, C, HW,
@@ -283,16 +196,6 @@ def fc_grad_kernel(
 
 
 @triton.jit
-def _per_channel(vector, index, mask, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """vector[index] in the shape of a tile's rows (GROUP = 0) or of a run, GROUP pixels each."""
-    x = tl.load(vector + index, mask=mask, other=0.0).to(ACC)
-    if GROUP == 0:
-        return x[:, None]
-    else:
-        return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], GROUP)), (x.shape[0] * GROUP,))
-
-
-@triton.jit
 def _recalibrate(
     part, whole, mask, attention, spread, row, scale, shift, k, k_mask,
     RELU: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
@@ -301,19 +204,19 @@ def _recalibrate(
 
     With it, backward: part = whole * attention + spread.
     """
-    a = _per_channel(attention, row, k_mask, GROUP, ACC)
+    a = per_channel(attention, row, k_mask, GROUP, ACC)
     if spread is None:
         y = tl.load(part, mask=mask, other=0.0).to(ACC) * a
         if scale is not None:
-            y *= _per_channel(scale, k, k_mask, GROUP, ACC)
+            y *= per_channel(scale, k, k_mask, GROUP, ACC)
         if shift is not None:
-            y += _per_channel(shift, k, k_mask, GROUP, ACC)
+            y += per_channel(shift, k, k_mask, GROUP, ACC)
         if RELU:
             y = tl.where(y < 0, 0.0, y)
         tl.store(whole, y, mask=mask)
     else:
         y = tl.load(whole, mask=mask, other=0.0).to(ACC) * a
-        y += _per_channel(spread, row, k_mask, GROUP, ACC)
+        y += per_channel(spread, row, k_mask, GROUP, ACC)
         tl.store(part, y, mask=mask)
 
 
@@ -325,24 +228,15 @@ def recalibrate_kernel(
 ):  # fmt: skip
     """Scale and concatenate in reverse (forward), or split and scale (backward); any strides.
 
-    Grid: B * cdiv(C, BLOCK_C) * cdiv(HW, BLOCK_P), walked backwards: the samples that the sums
-    read last are still in L2.
+    Grid: B * cdiv(C, BLOCK_C) * cdiv(HW, BLOCK_P), walked backwards.
     """
-    if CHANNELS_LAST:
-        C *= DIV
-    else:
-        HW *= DIV
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    p_blocks = tl.cdiv(HW, BLOCK_P)
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    p = pid % p_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = pid // p_blocks % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    b = (pid // p_blocks // c_blocks).to(tl.int64)
+    C, HW = extents(C, HW, DIV, CHANNELS_LAST)
+    b, c, p = tile_place(C, HW, BLOCK_C, BLOCK_P)
     mask = (c < C)[:, None] & (p < HW)[None, :]
     for s in tl.static_range(S):
         k = (S - 1 - s) * C + c
-        part = parts[s] + _tile_offsets(b, c, p, part_strides[s], DIV, CHANNELS_LAST)
-        whole = cat + _tile_offsets(b, k, p, cat_strides, DIV, CHANNELS_LAST)
+        part = parts[s] + tile_offsets(b, c, p, part_strides[s], DIV, CHANNELS_LAST)
+        whole = cat + tile_offsets(b, k, p, cat_strides, DIV, CHANNELS_LAST)
         _recalibrate(
             part, whole, mask, attention, spread, (b * S + s) * C + c, scale, shift, k, c < C,
             RELU, 0, ACC,
@@ -361,12 +255,7 @@ def recalibrate_flat_kernel(
     HW = groups * GROUP. Grid: B * cdiv(C * HW, BLOCK), walked backwards.
     """
     size *= DIV
-    blocks = tl.cdiv(size, BLOCK)
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (pid // blocks).to(tl.int64)
-    block = pid % blocks
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    c = (block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)) // groups
+    b, i, c = run_place(size, groups, BLOCK, GROUP)
     for s in tl.static_range(S):
         k = (S - 1 - s) * C + c
         part = parts[s] + b * size + i

@@ -14,21 +14,24 @@ from triton import language as tl
 from epsanet_fused.backends.triton import config, kernels
 from epsanet_fused.layout import accumulator_dtype, output_format
 
-_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Said aloud, since Triton 3.10 changes the default: a product and a sum may round once.
-_OPTIONS = {"enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 Strides = tuple[int, int, int]  # batch, channel, pixel
 
 
 class Problem(NamedTuple):
-    """S parts (B, C, H, W) and the cat (B, S * C, H, W) that holds them in reverse.
+    """S parts (B, C, H, W), the cat (B, S * C, H, W) that holds them in reverse, and any gradients.
 
-    ``strides`` are the parts' and last the cat's, divided by ``div`` all but the inner one.
+    Strides are divided by ``div`` all but the inner one.
     """
 
     parts: tuple[Tensor, ...]
     cat: Tensor
-    strides: tuple[Strides, ...]
+    grads: tuple[Tensor, ...]  # of the parts, where they are written beside them
+    part_strides: tuple[Strides, ...]
+    cat_strides: Strides
+    grad_strides: tuple[Strides, ...]
     div: int
     channels_last: bool  # how tiles are cut: as the parts lie, if they all do
 
@@ -43,21 +46,26 @@ class Problem(NamedTuple):
         return accumulator_dtype(self.cat.dtype)
 
 
-def problem(parts: Sequence[Tensor], cat: Tensor) -> Problem:
+def problem(parts: Sequence[Tensor], cat: Tensor, grads: Sequence[Tensor] = ()) -> Problem:
     """Collect what the kernels need to know; parts whose H and W are no one run are copied."""
     _, C, H, W = parts[0].shape
     if H * W >= 2**31:
         raise ValueError(f"psa_tail: the triton backend takes H * W < 2**31, got {H} x {W}")
     channels_last = output_format(parts) == torch.channels_last
     *parts, cat = (_pixels_in_a_run(x) for x in (*parts, cat))
-    strides = [_strides(x) for x in (*parts, cat)]
+    strides = [_strides(x) for x in (*parts, cat, *grads)]
     extent, outer = (C, 2) if channels_last else (H * W, 1)
     div = math.gcd(16, extent, *(n for s in strides for n in (s[0], s[outer])))
     by = (div, 1, div) if channels_last else (div, div, 1)
+    strides = [tuple(n // d for n, d in zip(s, by, strict=True)) for s in strides]
+    S = len(parts)
     return Problem(
         tuple(parts),
         cat,
-        tuple(tuple(n // d for n, d in zip(s, by, strict=True)) for s in strides),
+        tuple(grads),
+        tuple(strides[:S]),
+        strides[S],
+        tuple(strides[S + 1 :]),
         div,
         channels_last,
     )
@@ -80,23 +88,23 @@ def sum_and_gate(
     itemsize, interpreted = p.cat.element_size(), kernels.INTERPRETED
     cfg = config.sum_config(B, S, C, HW, itemsize, p.channels_last, with_cat, interpreted)
     sums = squeeze.new_empty((B, cfg.splits, S, C))
-    cat, cat_strides = (p.cat, p.strides[-1]) if with_cat else (None, None)
-    tensors = (p.parts, p.strides[:-1], cat, cat_strides, sums)
+    cat, cat_strides = (p.cat, p.cat_strides) if with_cat else (None, None)
+    tensors = (p.parts, p.part_strides, cat, cat_strides, sums)
     gate_tensors = (squeeze, attention, *fc, spread, *for_fc)
-    gate = _gate_constants(S, C, R=fc[0].shape[0])
+    gate = gate_constants(S, C, R=fc[0].shape[0])
     blocks = {"BLOCK_C": cfg.block_c, "BLOCK_P": cfg.block_p}
     if cfg.fold_gate:
         kernels.sum_gate_kernel[(B,)](
             *tensors, *gate_tensors, tiles=cfg.tiles, num_warps=cfg.warps,
-            **blocks, **gate, **_tile_arguments(p), **_OPTIONS,
+            **blocks, **gate, **tile_arguments(p), **OPTIONS,
         )  # fmt: skip
         return
     kernels.sum_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
         *tensors, splits=cfg.splits, tiles=cfg.tiles, num_warps=cfg.warps,
-        **blocks, **_tile_arguments(p), **_OPTIONS,
+        **blocks, **tile_arguments(p), **OPTIONS,
     )  # fmt: skip
     kernels.gate_kernel[(B,)](
-        sums, *gate_tensors, C=C, HW=HW, splits=cfg.splits, S=S, ACC=_ACC[p.acc], **gate, **_OPTIONS
+        sums, *gate_tensors, C=C, HW=HW, splits=cfg.splits, S=S, ACC=ACC[p.acc], **gate, **OPTIONS
     )
 
 
@@ -112,21 +120,27 @@ def recalibrate(
     B, S, C, HW = p.sizes
     cfg = config.recalibrate_config(C, HW, p.channels_last, kernels.INTERPRETED)
     vectors = (attention, spread, scale, shift)
-    fits_int32 = C * HW + cfg.block < 2**31
-    if fits_int32 and all(x.is_contiguous() for x in (*p.parts, p.cat)):
+    if is_flat(p, cfg.block):
         group = 8 if HW % 8 == 0 else 1
         div = math.gcd(16, C * HW)
         kernels.recalibrate_flat_kernel[(B * cdiv(C * HW, cfg.block),)](
             p.parts, p.cat, *vectors, size=C * HW // div, C=C, groups=HW // group, S=S, DIV=div,
-            GROUP=group, RELU=relu, BLOCK=cfg.block, ACC=_ACC[p.acc], num_warps=cfg.warps,
-            **_OPTIONS,
+            GROUP=group, RELU=relu, BLOCK=cfg.block, ACC=ACC[p.acc], num_warps=cfg.warps,
+            **OPTIONS,
         )  # fmt: skip
         return
     kernels.recalibrate_kernel[(B * cdiv(C, cfg.block_c) * cdiv(HW, cfg.block_p),)](
-        p.parts, p.strides[:-1], p.cat, p.strides[-1], *vectors, RELU=relu,
+        p.parts, p.part_strides, p.cat, p.cat_strides, *vectors, RELU=relu,
         BLOCK_C=cfg.block_c, BLOCK_P=cfg.block_p, num_warps=cfg.warps,
-        **_tile_arguments(p), **_OPTIONS,
+        **tile_arguments(p), **OPTIONS,
     )  # fmt: skip
+
+
+def is_flat(p: Problem, block: int) -> bool:
+    """Whether each sample of each tensor is one run, whose elements int32 can count."""
+    _, _, C, HW = p.sizes
+    dense = all(x.is_contiguous() for x in (*p.parts, p.cat, *p.grads))
+    return dense and C * HW + block < 2**31
 
 
 def fc_grads(squeeze: Tensor, for_fc: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -136,12 +150,12 @@ def fc_grads(squeeze: Tensor, for_fc: Sequence[Tensor], grads: Sequence[Tensor])
     block_c, block_r, block_n = config.fc_grad_blocks(C, R, kernels.INTERPRETED)
     kernels.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
         squeeze, *for_fc, *grads, rows=B * S, C=C, R=R,
-        BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_N=block_n, ACC=_ACC[squeeze.dtype],
-        **_OPTIONS,
+        BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_N=block_n, ACC=ACC[squeeze.dtype],
+        **OPTIONS,
     )  # fmt: skip
 
 
-def _tile_arguments(p: Problem) -> dict[str, Any]:
+def tile_arguments(p: Problem) -> dict[str, Any]:
     """What every kernel that walks tiles takes; the inner extent comes divided by DIV."""
     _, S, C, HW = p.sizes
     inner = {"C": C // p.div, "HW": HW} if p.channels_last else {"C": C, "HW": HW // p.div}
@@ -150,11 +164,11 @@ def _tile_arguments(p: Problem) -> dict[str, Any]:
         "S": S,
         "DIV": p.div,
         "CHANNELS_LAST": p.channels_last,
-        "ACC": _ACC[p.acc],
+        "ACC": ACC[p.acc],
     }
 
 
-def _gate_constants(S: int, C: int, R: int) -> dict[str, int]:
+def gate_constants(S: int, C: int, R: int) -> dict[str, int]:
     BLOCK_S, CHANNELS = next_power_of_2(S), next_power_of_2(C)
     block_r = max(1, config.GATE_TILE // (BLOCK_S * CHANNELS))
     return {
