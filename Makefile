@@ -17,7 +17,7 @@ test: $(BUILT)
 
 # The Triton kernels compiled for the targets that `make test` leaves out.
 test-targets: $(BUILT)
-	$(VENV)/bin/python -m pytest tests/test_compiled_kernels.py -m slow -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest tests/test_compiled_kernels.py -m slow -n 2 --dist loadgroup --timeout 600
 
 # The CPU kernels under AddressSanitizer and UBSan.
 test-sanitized: $(BUILT)

@@ -24,8 +24,8 @@ from epsanet_fused.timing import Variant, interleave, make_clock
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _FORMAT_NAMES = {memory_format: name for name, memory_format in FORMATS.items()}
 TILES = tuple(itertools.product((1, 2, 4), (1, 2, 4, 8)))[1:]
-# In 16 bits oneDNN (as of PyTorch 2.13) gives wrong sums for some kernels that are widened in their
-# rows, of 7 x 8 for one; taller ones are right.
+# In 16 bits oneDNN (as of PyTorch 2.13) gives wrong sums for some kernels that tiles make wider, of
+# 7 x 8 for one. Those that become only taller, by these, are tested to be right.
 TALL_TILES = ((2, 1), (4, 1))
 # Groups with more outputs than this aren't widened: it has never paid there.
 MOST_WIDE = 32

@@ -36,7 +36,7 @@ def merge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
     K, inputs, *size = weight.shape
     factor = groups // merged
     parts = weight.view(merged, factor, K // groups, inputs, *size).unbind(1)
-    # Padded part by part: compilers freeze that, but nothing that a mask of theirs is needed for.
+    # Padded part by part: compilers fold that into a constant, but not what takes a mask to make.
     around = ((i * inputs, (factor - 1 - i) * inputs) for i in range(factor))
     blocks = [F.pad(p, (0, 0, 0, 0, *a)) for p, a in zip(parts, around, strict=True)]
     # (merged, factor, K / groups, C / merged, k, k)

@@ -32,8 +32,10 @@ class Rewrites(NamedTuple):
     fused_calls: bool = True
     plans: Mapping[str, ConvPlan] = {}
 
-    def conv(self, name: str, conv: nn.Conv2d, norm: nn.Module | None = None) -> PlannedConv:
-        """The convolution of that name with its norm, rewritten."""
+    def conv(
+        self, name: str, conv: nn.Conv2d, norm: nn.Module | None = None, relu: bool = False
+    ) -> PlannedConv:
+        """The convolution of that name with its norm and a ReLU, if any, rewritten."""
         return PlannedConv(
             conv,
             norm,
@@ -41,6 +43,7 @@ class Rewrites(NamedTuple):
             memory_format=self.memory_format,
             fold=self.fold,
             fused_calls=self.fused_calls,
+            relu=relu,
         )
 
 

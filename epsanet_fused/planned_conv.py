@@ -98,6 +98,7 @@ class PlannedConv(Derived):
         fold: make the norm part of the convolution's weights.
         fused_calls: use the library's own convolution + residual + relu where it has one; on CPUs,
             in channels_last, with weights in the order that oneDNN likes best.
+        relu: a ReLU follows wherever it is called.
 
     Shape: (B, C, H, W) -> (B, K, H', W').
     """
@@ -111,13 +112,14 @@ class PlannedConv(Derived):
         memory_format: torch.memory_format = torch.contiguous_format,
         fold: bool = True,
         fused_calls: bool = True,
+        relu: bool = False,
     ) -> None:
         super().__init__(conv, norm)
         self.plan = plan or ConvPlan(conv.groups, (1, 1), memory_format)
         self.memory_format = memory_format
         self.fold = fold
         self.fused_calls = fused_calls
-        self.relu = False  # whether a ReLU follows wherever it is called
+        self.relu = relu
         self.groups, self.stride, self.dilation = conv.groups, conv.stride, conv.dilation
         self.padding = _padding(conv)
 

@@ -76,10 +76,11 @@ def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
     for name in targets.stems:
         stem = made.get_submodule(name)
         if rewrites.fold:
-            stem.conv1 = rewrites.conv(f"{name}.conv1".lstrip("."), stem.conv1, stem.bn1)
+            relu = name in targets.rectified and rewrites.fused_calls
+            stem.conv1 = rewrites.conv(f"{name}.conv1".lstrip("."), stem.conv1, stem.bn1, relu)
             stem.bn1 = PassedNorm(stem.bn1)
-            if name in targets.rectified and rewrites.fused_calls:
-                stem.conv1.relu, stem.relu = True, nn.Identity()
+            if relu:
+                stem.relu = nn.Identity()
     for name in targets.psas:
         made = _replace(made, name, PlannedPSA(name, made.get_submodule(name), None, rewrites))
     for name in targets.blocks:
@@ -195,9 +196,12 @@ def _stems(
         and follows(relu, modules[name].bn1)
     ]
     # Done twice, a relu changes nothing, unless something else takes what comes before it.
-    early = {modules[name].bn1: lambda _module, _inputs, out: F.relu(out) for name in rectified}
-    same = all(map(_same, tree_leaves(_with_hooks(model, args, early)), tree_leaves(result)))
-    return stems, rectified if same else []
+    if rectified:
+        early = {modules[name].bn1: lambda _module, _inputs, out: F.relu(out) for name in rectified}
+        twice = _with_hooks(model, args, early)
+        if not all(map(_same, tree_leaves(twice), tree_leaves(result))):
+            rectified = []
+    return stems, rectified
 
 
 def _with_hooks(

@@ -45,6 +45,15 @@ def by_backend(cases: Sequence[Any], few: Sequence[Any]) -> list[Any]:
     ]
 
 
+def poison_case(case: NormCase, where: str, value: float) -> None:
+    """Write a NaN or an infinity into one of the case's tensors."""
+    target = {
+        "branch": case.branches[1], "fc1_weight": case.fc[0], "fc2_bias": case.fc[3],
+        "gamma": case.affine[0], "beta": case.affine[1], "grad": case.grad,
+    }[where]  # fmt: skip
+    target[(7,) if target.dim() == 1 else (0, 1, *([0] * (target.dim() - 2)))] = value
+
+
 def with_gap(x: Tensor) -> Tensor:
     """x with nothing between -0.5 and 0.5: there the thresholds are."""
     return x + 0.5 * torch.where(x < 0, -1.0, 1.0)

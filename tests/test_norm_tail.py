@@ -18,6 +18,7 @@ from norm_cases import (
     expected_norm,
     make_norm_case,
     plain_norm_tail,
+    poison_case,
     thresholds,
 )
 from torch import Tensor, nn
@@ -289,12 +290,7 @@ def test_nan_and_inf_spread_as_in_pytorch(
     backend: str, layout: str, where: str, poison: float
 ) -> None:
     case = make_norm_case(SMALL, torch.float64, LAYOUTS[layout])
-    target = {
-        "branch": case.branches[1], "fc1_weight": case.fc[0], "fc2_bias": case.fc[3],
-        "gamma": case.affine[0], "beta": case.affine[1], "grad": case.grad,
-    }[where]  # fmt: skip
-    index = (7,) if target.dim() == 1 else (0, 1, *([0] * (target.dim() - 2)))
-    target[index] = poison
+    poison_case(case, where, poison)
     results = evaluate_norm(ef.psa_tail_norm, case)
     for result, plain in zip(results, evaluate_norm(plain_norm_tail, case), strict=True):
         torch.testing.assert_close(result, plain, equal_nan=True, rtol=1e-9, atol=1e-9)

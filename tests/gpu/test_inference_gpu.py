@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from card import ON_A_CARD
 from networks import ResNetBlock, small
 
 import epsanet_fused as ef
@@ -15,11 +16,7 @@ from epsanet_fused.planned_blocks import Rewrites
 from epsanet_fused.planned_conv import ConvPlan
 from epsanet_fused.rewrite import apply, find_targets
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = ON_A_CARD
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from card import ON_A_CARD
 from cases import DTYPES, LAYOUTS, SHAPES, Shape, assert_accurate
 from norm_cases import (
     NORM_SHAPES,
@@ -15,6 +16,7 @@ from norm_cases import (
     expected_norm,
     make_norm_case,
     plain_norm_tail,
+    poison_case,
     thresholds,
 )
 from torch import Tensor, nn
@@ -23,12 +25,7 @@ import epsanet_fused as ef
 from epsanet_fused.backends import prefers_norm, resolve_norm, room
 from epsanet_fused.oracle import max_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.filterwarnings("error:epsanet_fused:RuntimeWarning"),
-]
+pytestmark = ON_A_CARD
 STAGES = ("S1", "S2", "S3", "S4")
 
 
@@ -115,12 +112,7 @@ def test_a_large_mean_and_a_small_variance(shape: Shape, layout: str) -> None:
 @pytest.mark.parametrize("where", ["branch", "fc1_weight", "fc2_bias", "beta", "grad"])
 def test_nan_and_inf_spread_as_in_pytorch(where: str, poison: float) -> None:
     case = make_norm_case(Shape(3, 4, 12, 5, 6, 3), torch.float64, device="cuda")
-    target = {
-        "branch": case.branches[1], "fc1_weight": case.fc[0], "fc2_bias": case.fc[3],
-        "beta": case.affine[1], "grad": case.grad,
-    }[where]  # fmt: skip
-    index = (7,) if target.dim() == 1 else (0, 1, *([0] * (target.dim() - 2)))
-    target[index] = poison
+    poison_case(case, where, poison)
     results = evaluate_norm(ef.psa_tail_norm, case)
     for result, plain in zip(results, evaluate_norm(plain_norm_tail, case), strict=True):
         torch.testing.assert_close(result, plain, equal_nan=True, rtol=1e-9, atol=1e-9)

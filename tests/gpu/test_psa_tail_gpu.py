@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from card import ON_A_CARD
 from cases import (
     DTYPES,
     LAYOUTS,
@@ -22,13 +23,7 @@ import epsanet_fused as ef
 from epsanet_fused.backends import VARIANTS
 from epsanet_fused.oracle import evaluate, plain_tail
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
-    # Time on a card is precious: no library's warning may cost a result. Our own still does.
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.filterwarnings("error:epsanet_fused:RuntimeWarning"),
-]
+pytestmark = ON_A_CARD
 BACKENDS = [n for n, status in ef.backends().items() if status.available and n != "cpu"]
 FUSED = [name for name in BACKENDS if name != "reference"]
 PATHS = VARIANTS if "cuda" in FUSED else ()
