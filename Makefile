@@ -6,18 +6,28 @@ READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 OUT ?= out
+SECOND := .venv-integrations
+TIMM := $(shell sed -n 's/^timm==//p' requirements-integrations.txt)
+# What is tested once more there: what users call.
+AGAIN := $(wildcard tests/test_psa_tail*.py tests/test_norm_tail*.py) \
+	$(addprefix tests/test_,modules.py models.py checkpoint.py distributed.py)
 
-.PHONY: bench test test-targets test-sanitized test-matrix gpu-check digits lint clean
+.PHONY: bench test test-targets test-integrations test-sanitized test-matrix gpu-check digits lint clean
 
 bench: $(BUILT)
 	$(VENV)/bin/python benchmarks/bench_psa.py --out $(OUT)
 
 test: $(BUILT)
-	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu -m "not slow" -n 2 --dist loadfile --timeout 600
+	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu --ignore=tests/integrations -m "not slow" -n 2 --dist loadfile --timeout 600
 
 # The Triton kernels compiled for the targets that `make test` leaves out.
 test-targets: $(BUILT)
 	$(VENV)/bin/python -m pytest tests/test_compiled_kernels.py -m slow -n 2 --dist loadgroup --timeout 600
+
+# timm, torchvision, ONNX and the recipes, in an environment of their own with another torch, which
+# takes gigabytes and some minutes to install; the operator's tests once more, there.
+test-integrations: $(BUILT) $(SECOND)/.ready
+	$(SECOND)/bin/python -m pytest tests/integrations $(AGAIN) -n 2 --dist loadfile --timeout 600
 
 # The CPU kernels under AddressSanitizer and UBSan.
 test-sanitized: $(BUILT)
@@ -49,5 +59,15 @@ $(BUILT): $(READY) $(SOURCES)
 	$(VENV)/bin/python -m epsanet_fused
 	touch $@
 
+# The library that the first environment built serves this one, too. The source archive of timm has
+# its tests.
+$(SECOND)/.ready: requirements-integrations.txt
+	$(PYTHON) -m venv $(SECOND)
+	$(SECOND)/bin/python -m pip install --quiet -r requirements-integrations.txt
+	EPSANET_FUSED_BUILD=0 $(SECOND)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(SECOND)/bin/python -m pip download --quiet --no-deps --no-binary timm -d $(SECOND)/sources timm==$(TIMM)
+	tar -xzf $(SECOND)/sources/timm-$(TIMM).tar.gz -C $(SECOND)/sources
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info epsanet_fused/*.so
+	rm -rf $(VENV) $(SECOND) $(OUT) build dist *.egg-info epsanet_fused/*.so
