@@ -4,6 +4,7 @@ from epsanet_fused._version import __version__
 from epsanet_fused.backends import backends, use_backend
 from epsanet_fused.checkpoint import load_checkpoint
 from epsanet_fused.conv_plan import plan_convs, use_plans
+from epsanet_fused.fuse import fuse
 from epsanet_fused.inference import optimize_for_inference
 from epsanet_fused.models import (
     EPSABlock,
@@ -30,6 +31,7 @@ __all__ = [
     "epsanet50_large",
     "epsanet101",
     "epsanet101_large",
+    "fuse",
     "load_checkpoint",
     "optimize_for_inference",
     "plan_convs",
