@@ -10,7 +10,7 @@ SECOND := .venv-integrations
 TIMM := $(shell sed -n 's/^timm==//p' requirements-integrations.txt)
 # What is tested once more there: what users call.
 AGAIN := $(wildcard tests/test_psa_tail*.py tests/test_norm_tail*.py) \
-	$(addprefix tests/test_,modules.py models.py checkpoint.py distributed.py)
+	$(addprefix tests/test_,modules.py models.py checkpoint.py distributed.py fuse.py export.py)
 
 .PHONY: bench test test-targets test-integrations test-sanitized test-matrix gpu-check digits lint clean
 

@@ -14,7 +14,7 @@ def is_channels_last(x: Tensor) -> bool:
     A tensor that is contiguous in both formats (one channel, or one pixel) counts as contiguous.
     """
     C, H, W = x.shape[1:]
-    if C == 1 or H * W == 1 or x.is_contiguous():
+    if x.is_contiguous() or C == 1 or H * W == 1:
         return False
     _, c, h, w = x.stride()
     # A stride means nothing along a dimension of size one.

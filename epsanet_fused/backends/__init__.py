@@ -95,7 +95,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def chosen() -> str:
-    """The name that the user asked for: "auto", unless told otherwise."""
+    """The name that the user asked for: "auto", unless told otherwise.
+
+    A TorchScript trace, and what the older ONNX exporter makes of one, is to run without this
+    package: it takes plain operators.
+    """
+    if torch.jit.is_tracing():
+        return "reference"
     _check_name(_chosen, f"the environment variable {ENV}")
     return _chosen
 

@@ -1,0 +1,76 @@
+"""ONNX files of standard operators alone, which onnxruntime runs to the same numbers."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from export_cases import CASES, DYNAMIC, other_inputs
+from psa_variants import InBiRefNet, Official
+from torch import nn
+
+import epsanet_fused as ef
+
+TOLERANCE = 1e-4
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+def check(path: Path, model: nn.Module, x: torch.Tensor) -> None:
+    onnx.checker.check_model(path, full_check=True)
+    proto = onnx.load(path)
+    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
+    assert {opset.domain for opset in proto.opset_import} <= {"", "ai.onnx"}
+    assert not proto.functions
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    [name] = [given.name for given in session.get_inputs()]
+    for other in other_inputs(x):
+        [found] = session.run(None, {name: other.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(found, model(other).numpy(), rtol=0, atol=TOLERANCE)
+
+
+def export(model: object, x: torch.Tensor, path: Path, dynamo: bool = True) -> None:
+    shapes = (
+        {"dynamic_shapes": DYNAMIC}
+        if dynamo
+        else {"dynamic_axes": {"x": {0: "B", 2: "H", 3: "W"}}, "input_names": ["x"]}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the older exporter, and inside
+        warnings.simplefilter("ignore", FutureWarning)  # of the newer one, inside
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        torch.onnx.export(model, (x,), path, dynamo=dynamo, verbose=False, **shapes)
+
+
+@each_case
+@pytest.mark.parametrize("dynamo", [True, False], ids=["by torch.export", "by TorchScript"])
+def test_a_model_becomes_onnx(case: str, dynamo: bool, tmp_path: Path) -> None:
+    model, x = CASES[case]()
+    export(model, x, tmp_path / "model.onnx", dynamo)
+    check(tmp_path / "model.onnx", model, x)
+
+
+@each_case
+def test_an_exported_program_becomes_onnx(case: str, tmp_path: Path) -> None:
+    """The operator that it holds is decomposed on the way."""
+    model, x = CASES[case]()
+    program = torch.export.export(model, (x,), dynamic_shapes=DYNAMIC)
+    assert "epsanet_fused.psa_tail" in str(program.graph)
+    export(program, x, tmp_path / "model.onnx")
+    check(tmp_path / "model.onnx", model, x)
+
+
+@pytest.mark.parametrize("psa", [Official(64, 64), InBiRefNet(64)], ids=["official", "BiRefNet"])
+def test_a_fused_model_of_somebody_else_becomes_onnx(psa: nn.Module, tmp_path: Path) -> None:
+    order = "natural" if isinstance(psa, InBiRefNet) else "reversed"
+    model = ef.fuse(nn.Sequential(nn.Conv2d(3, 64, 3), psa).eval(), order=order)
+    x = torch.randn(2, 3, 16, 20)
+    export(model, x, tmp_path / "model.onnx")
+    check(tmp_path / "model.onnx", model, x)
