@@ -47,16 +47,22 @@ class FusedPSAVariant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         build = self.build
         makers = [self.get_submodule(name) for name in build.branches]
-        shares = _shares(x, len(makers)) if build.split else [x] * len(makers)
+        count = len(makers)
+        shares = [_share(x, i, count) for i in range(count)] if build.split else [x] * count
         branches = [make(share) for make, share in zip(makers, shares, strict=True)]
         if build.relu:
             branches = [F.relu(branch) for branch in branches]
         if build.overwrites:
-            x.copy_(torch.cat(branches, 1))
+            for i, branch in enumerate(branches):
+                _share(x, i, count).copy_(branch)
         weights = [self._weights(*names) for names in build.ses]
         if len(weights) == 1:  # psa_tail puts the last branch first
             return psa_tail(branches if build.reversed else branches[::-1], *weights[0])
-        return _tail(branches, weights, build.reversed)
+        attention = _attention(branches, weights)[..., None, None]  # (B, S, C, 1, 1)
+        if build.overwrites and not build.reversed:  # then x is all branches, in order
+            return (x.unflatten(1, (count, -1)) * attention).flatten(1, 2)
+        parts = [branch * a for branch, a in zip(branches, attention.unbind(1), strict=True)]
+        return torch.cat(parts[::-1] if build.reversed else parts, 1)
 
     def _weights(self, *names: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(R, C, ...), (R,), (C, R, ...) and (C,); zeros for a layer without bias."""
@@ -85,16 +91,15 @@ def stand_in(module: nn.Module, kind: type[Kind]) -> Kind:
     return made
 
 
-def _shares(x: Tensor, count: int) -> list[Tensor]:
-    """Equal shares of the channels; by slices, as nothing may be written over those of a chunk."""
+def _share(x: Tensor, i: int, count: int) -> Tensor:
+    """Part i of ``count`` equal parts of the channels."""
     width = x.shape[1] // count
-    return [x[:, i * width : (i + 1) * width] for i in range(count)]
+    return x[:, i * width : (i + 1) * width]
 
 
-def _tail(branches: list[Tensor], weights: list[tuple[Tensor, ...]], is_reversed: bool) -> Tensor:
-    """The tail with an SE for each branch."""
-    dtype = branches[0].dtype
-    acc = accumulator_dtype(dtype)
+def _attention(branches: list[Tensor], weights: list[tuple[Tensor, ...]]) -> Tensor:
+    """(B, S, C) by an SE for each branch, in the branches' dtype."""
+    acc = accumulator_dtype(branches[0].dtype)
     gates = []
     with torch.autocast(branches[0].device.type, enabled=False):
         for x, se in zip(branches, weights, strict=True):
@@ -102,7 +107,4 @@ def _tail(branches: list[Tensor], weights: list[tuple[Tensor, ...]], is_reversed
             squeeze = x.mean((2, 3), dtype=acc)  # (B, C)
             hidden = F.relu(F.linear(squeeze, fc1.flatten(1), bias1))  # (B, R)
             gates.append(torch.sigmoid(F.linear(hidden, fc2.flatten(1), bias2)))
-        attention = torch.softmax(torch.stack(gates, 1), 1).to(dtype)  # (B, S, C)
-    factors = attention[..., None, None].unbind(1)  # S x (B, C, 1, 1)
-    parts = [x * a for x, a in zip(branches, factors, strict=True)]
-    return torch.cat(parts[::-1] if is_reversed else parts, 1)
+        return torch.softmax(torch.stack(gates, 1), 1).to(branches[0].dtype)
