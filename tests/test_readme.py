@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import csv
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from snippets import PAGES, ROOT, python_blocks
 
 import epsanet_fused as ef
 from epsanet_fused import conv_plan, inference, timing
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = PAGES[0].read_text()
 
 
 def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    use, operator, fuse, inference_block = python_blocks(PAGES[0], needs_more=False)
     names: dict[str, object] = {}
-    exec(first, names)
+    exec(use, names)
     assert names["logits"].shape == (2, 10)
     se = ef.SEWeightModule(16)
     names["branches"] = [torch.randn(2, 16, 5, 5) for _ in range(4)]
     names |= {"fc1_weight": se.fc1.weight, "fc1_bias": se.fc1.bias}
     names |= {"fc2_weight": se.fc2.weight, "fc2_bias": se.fc2.bias}
-    exec(second, names)
+    exec(operator, names)
     assert names["out"].shape == (2, 64, 5, 5)
+    names["model"] = ef.epsanet50(num_classes=10, fused=False)
+    exec(fuse, names)
+    assert isinstance(names["model"].layer4[2].conv2, ef.FusedPSAModule)
     monkeypatch.setattr(inference, "SECONDS", 0.0)
     monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
-    exec(third, names)
+    exec(inference_block, names)
     assert names["fast"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_every_python_block_of_the_docs_is_run() -> None:
+    """All of them are README's: by the test above, and by tests/integrations."""
+    for page in PAGES[1:]:
+        assert "```python" not in page.read_text(), page
 
 
 def results(name: str) -> list[dict[str, str]]:
