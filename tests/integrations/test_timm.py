@@ -13,12 +13,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from networks import calibrate
+from rewrites import all_on, assert_same
 from timm.data import resolve_data_config
 from timm.models import group_parameters
 from torch import Tensor, nn
 
 import epsanet_fused as ef
 import epsanet_fused.integrations.timm as ours
+from epsanet_fused.planned_blocks import PlannedBlock
 
 NETWORKS = {
     "epsanet50": (ef.epsanet50, 22_561_715, 432),
@@ -113,6 +115,8 @@ def test_bad_options_are_refused() -> None:
         small(drop_everything=0.1)
     with pytest.raises(ValueError, match="conv_kernels must be odd"):
         small(conv_kernels=(2, 3, 4, 5))
+    with pytest.raises(ValueError, match="norm_layer must be .*, got 'nonorm'"):
+        small(norm_layer="nonorm")
     with pytest.raises(RuntimeError, match="No pretrained weights exist for epsanet50"):
         timm.create_model("epsanet50", pretrained=True)
 
@@ -127,6 +131,7 @@ def test_every_parameter_gets_a_gradient(model: nn.Module, images: Tensor) -> No
     [
         ("avg", lambda x: x.mean((2, 3))),
         ("max", lambda x: x.amax((2, 3))),
+        ("fastmax", lambda x: x.amax((2, 3))),
         ("avgmax", lambda x: (x.mean((2, 3)) + x.amax((2, 3))) / 2),
         ("catavgmax", lambda x: torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)),
         ("", lambda x: x),
@@ -162,6 +167,16 @@ def test_a_new_classifier(model: nn.Module, images: Tensor) -> None:
     assert model.global_pool.pool_type == "max"
     assert model.num_classes == model.get_classifier().out_features == 12
     assert model(images).shape == (3, 12)
+
+
+@pytest.mark.parametrize("pool", ["median", "fastmedian", 3])
+def test_an_unknown_pooling_changes_nothing(trained: nn.Module, pool: Any) -> None:
+    before = trained.global_pool, trained.fc, trained.num_classes, trained.head_hidden_size
+    with pytest.raises(ValueError, match=f"global_pool must be one of .*, got {pool!r}"):
+        trained.reset_classifier(9, pool)
+    assert before == (
+        trained.global_pool, trained.fc, trained.num_classes, trained.head_hidden_size,
+    )  # fmt: skip
 
 
 def test_drop_rate_is_for_training(images: Tensor) -> None:
@@ -309,10 +324,16 @@ def test_it_compiles_in_one_graph(model: nn.Module, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_it_can_be_optimized(trained: nn.Module, images: Tensor) -> None:
-    fast = ef.optimize_for_inference(trained, images)
-    assert fast.report is not None
-    torch.testing.assert_close(fast(images), trained(images), rtol=1e-3, atol=1e-3)
+def test_rewritten_for_inference_it_is_the_same(trained: nn.Module, images: Tensor) -> None:
+    fast = all_on(images, trained)
+    assert any(isinstance(m, PlannedBlock) for m in fast.modules())
+    assert_same(trained, fast, images)
+    for found, expected in zip(
+        fast.forward_intermediates(images, intermediates_only=True),
+        taps(trained, images),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def imported_without(package: str, statement: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ def _script(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"must be a Python file, got {text!r}, which is none")
-    return path
+    return path.absolute()  # as Python has __file__
 
 
 def main() -> None:

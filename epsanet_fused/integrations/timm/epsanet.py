@@ -23,6 +23,7 @@ from epsanet_fused.models import ARCHITECTURES, EPSABlock, NormLayer
 __all__ = ["EPSANet", "epsanet50", "epsanet50_large", "epsanet101", "epsanet101_large"]
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class EPSANet(models.EPSANet):
@@ -32,7 +33,8 @@ class EPSANet(models.EPSANet):
         block, layers: as for ``epsanet_fused.EPSANet``.
         num_classes: the width of the classifier; 0 for none.
         in_chans: channels of the images.
-        global_pool: "avg", "max", "avgmax" or "catavgmax"; "" for none.
+        global_pool: "avg", "max", "avgmax" or "catavgmax", also with "fast" before it, which is timm's
+            other way to compute it; "" for none.
         drop_rate: the share of features before the classifier that are dropped in training.
         norm_layer: makes a normalisation from a channel count, or is timm's name of one.
         device, dtype: where, and in which dtype, the parameters are made.
@@ -56,7 +58,7 @@ class EPSANet(models.EPSANet):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        options |= {"in_chans": in_chans, "norm_layer": get_norm_layer(norm_layer)}
+        options |= {"in_chans": in_chans, "norm_layer": _norm_layer(norm_layer)}
         with torch.device(device or torch.get_default_device()):
             super().__init__(block, layers, **options)
         self.to(dtype=dtype)
@@ -77,11 +79,11 @@ class EPSANet(models.EPSANet):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier of ``num_classes``, 0 for none; the pooling stays if it is None."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        if not isinstance(pool, str) or pool.removeprefix("fast") not in POOLS:
+            raise ValueError(f"EPSANet: global_pool must be one of {POOLS}, got {pool!r}")
+        head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
         self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        head = create_classifier(
-            self.num_features, num_classes, pool_type, **get_device_dtype(self)
-        )
         self.global_pool, self.fc = (module.train(self.training) for module in head)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
@@ -161,6 +163,17 @@ class EPSANet(models.EPSANet):
         if prune_head or last < 4:
             self.reset_classifier(0, "")
         return taken
+
+
+def _norm_layer(given: NormLayer | str | None) -> NormLayer | None:
+    if not isinstance(given, str):
+        return given
+    try:
+        return get_norm_layer(given)
+    except KeyError:
+        raise ValueError(
+            f"EPSANet: norm_layer must be a callable or timm's name of a norm, got {given!r}"
+        ) from None
 
 
 def _default_cfg() -> dict[str, Any]:
