@@ -136,6 +136,8 @@ class EPSANet(nn.Module):
                 f"EPSANet: layers and planes must have four entries, one per stage, each of layers "
                 f"at least 1, got {tuple(layers)} and {tuple(planes)}"
             )
+        if in_chans < 1:
+            raise ValueError(f"EPSANet: in_chans must be at least 1, got {in_chans}")
         norm_layer = norm_layer or nn.BatchNorm2d
         options = {
             "norm_layer": norm_layer,

@@ -115,7 +115,7 @@ def test_bad_options_are_refused() -> None:
         small(drop_everything=0.1)
     with pytest.raises(ValueError, match="conv_kernels must be odd"):
         small(conv_kernels=(2, 3, 4, 5))
-    with pytest.raises(ValueError, match="norm_layer must be .*, got 'nonorm'"):
+    with pytest.raises(ValueError, match=r"norm_layer must be .*, got 'nonorm'"):
         small(norm_layer="nonorm")
     with pytest.raises(RuntimeError, match="No pretrained weights exist for epsanet50"):
         timm.create_model("epsanet50", pretrained=True)

@@ -33,8 +33,8 @@ class EPSANet(models.EPSANet):
         block, layers: as for ``epsanet_fused.EPSANet``.
         num_classes: the width of the classifier; 0 for none.
         in_chans: channels of the images.
-        global_pool: "avg", "max", "avgmax" or "catavgmax", also with "fast" before it, which is timm's
-            other way to compute it; "" for none.
+        global_pool: "avg", "max", "avgmax" or "catavgmax", or timm's other way to compute it,
+            "fastavg" and so on; "" for none.
         drop_rate: the share of features before the classifier that are dropped in training.
         norm_layer: makes a normalisation from a channel count, or is timm's name of one.
         device, dtype: where, and in which dtype, the parameters are made.
