@@ -35,7 +35,7 @@ class LiteralTail(nn.Module):
         self.se = se
 
     def forward(self, *branches: Tensor) -> Tensor:
-        return reference.psa_tail(branches, self.se)
+        return reference.psa_tail(list(branches), [self.se(branch) for branch in branches])
 
 
 class OperatorTail(LiteralTail):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
@@ -64,12 +65,14 @@ class EPSABlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        if self._takes_norm_tail(out):
-            out = self.conv2.forward_norm(out, self.bn2)
-        else:
-            out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        out = self.bn3(self.conv3(self._psa(out)))
         return self.relu(out + identity)
+
+    def _psa(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript would compile both of an "and"
+            if self._takes_norm_tail(x):
+                return self.conv2.forward_norm(x, self.bn2)
+        return self.relu(self.bn2(self.conv2(x)))
 
     def _takes_norm_tail(self, x: Tensor) -> bool:
         """Whether psa_tail_norm does what conv2, bn2 and relu would do here, and is to do it."""
@@ -104,12 +107,13 @@ class EPSANet(nn.Module):
         block: ``EPSABlock`` or a subclass of it.
         layers: the number of blocks in each of the four stages.
         num_classes: the width of the classifier.
+        in_chans: channels of the images.
         planes: of the blocks in each stage; the default is EPSANet (Small).
         norm_layer: makes a normalisation from a channel count; None means ``nn.BatchNorm2d``.
         conv_kernels, conv_groups, reduction: of every PSA module.
         fused: False builds plain ``PSAModule``s.
 
-    Shape: images (B, 3, H, W) -> logits (B, num_classes).
+    Shape: images (B, in_chans, H, W) -> logits (B, num_classes).
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class EPSANet(nn.Module):
         layers: Sequence[int],
         num_classes: int = 1000,
         *,
+        in_chans: int = 3,
         planes: Sequence[int] = (64, 128, 256, 512),
         norm_layer: NormLayer | None = None,
         conv_kernels: Sequence[int] = CONV_KERNELS,
@@ -131,6 +136,8 @@ class EPSANet(nn.Module):
                 f"EPSANet: layers and planes must have four entries, one per stage, each of layers "
                 f"at least 1, got {tuple(layers)} and {tuple(planes)}"
             )
+        if in_chans < 1:
+            raise ValueError(f"EPSANet: in_chans must be at least 1, got {in_chans}")
         norm_layer = norm_layer or nn.BatchNorm2d
         options = {
             "norm_layer": norm_layer,
@@ -140,7 +147,7 @@ class EPSANet(nn.Module):
             "fused": fused,
         }
         widths = [64, *(p * block.expansion for p in planes)]
-        self.conv1 = nn.Conv2d(3, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(widths[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -188,6 +195,24 @@ def _init_weights(model: nn.Module) -> None:
             nn.init.zeros_(m.bias)
 
 
+# The authors published the sizes of Large, not the network. This choice is ours: it meets all four
+# published figures (27.90 M and 49.59 M parameters, 4.72 and 8.97 GFLOPs), and so would others.
+_LARGE = {
+    "block": EPSALargeBlock,
+    "planes": (128, 256, 512, 1024),
+    "conv_kernels": (3, 5, 5, 7),
+    "conv_groups": (32, 32, 32, 32),
+}
+
+# The arguments of EPSANet that make each of the published networks.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "epsanet50": {"block": EPSABlock, "layers": (3, 4, 6, 3)},
+    "epsanet101": {"block": EPSABlock, "layers": (3, 4, 23, 3)},
+    "epsanet50_large": _LARGE | {"layers": (3, 4, 6, 3)},
+    "epsanet101_large": _LARGE | {"layers": (3, 4, 23, 3)},
+}
+
+
 def epsanet50(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
     """EPSANet-50 (Small): 22,561,715 parameters, 3.62 GFLOPs at 224x224.
 
@@ -196,21 +221,12 @@ def epsanet50(num_classes: int = 1000, fused: bool = True, **options: Any) -> EP
         fused: False builds plain ``PSAModule``s.
         **options: any other keyword of ``EPSANet``.
     """
-    return EPSANet(EPSABlock, [3, 4, 6, 3], num_classes, fused=fused, **options)
+    return _build("epsanet50", num_classes, fused, options)
 
 
 def epsanet101(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
     """EPSANet-101 (Small): 38,900,279 parameters, 6.82 GFLOPs. Arguments as for ``epsanet50``."""
-    return EPSANet(EPSABlock, [3, 4, 23, 3], num_classes, fused=fused, **options)
-
-
-# The authors published the sizes of Large, not the network. This choice is ours: it meets all four
-# published figures (27.90 M and 49.59 M parameters, 4.72 and 8.97 GFLOPs), and so would others.
-_LARGE = {
-    "planes": (128, 256, 512, 1024),
-    "conv_kernels": (3, 5, 5, 7),
-    "conv_groups": (32, 32, 32, 32),
-}
+    return _build("epsanet101", num_classes, fused, options)
 
 
 def epsanet50_large(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
@@ -220,7 +236,7 @@ def epsanet50_large(num_classes: int = 1000, fused: bool = True, **options: Any)
     those that fit the published figures; pass ``conv_kernels`` and ``conv_groups`` for another.
     Arguments as for ``epsanet50``.
     """
-    return EPSANet(EPSALargeBlock, [3, 4, 6, 3], num_classes, fused=fused, **_LARGE | options)
+    return _build("epsanet50_large", num_classes, fused, options)
 
 
 def epsanet101_large(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
@@ -228,4 +244,8 @@ def epsanet101_large(num_classes: int = 1000, fused: bool = True, **options: Any
 
     See ``epsanet50_large`` for what is known of Large. Arguments as for ``epsanet50``.
     """
-    return EPSANet(EPSALargeBlock, [3, 4, 23, 3], num_classes, fused=fused, **_LARGE | options)
+    return _build("epsanet101_large", num_classes, fused, options)
+
+
+def _build(name: str, num_classes: int, fused: bool, options: dict[str, Any]) -> EPSANet:
+    return EPSANet(num_classes=num_classes, fused=fused, **ARCHITECTURES[name] | options)

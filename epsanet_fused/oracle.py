@@ -34,7 +34,7 @@ def plain_tail(
         return torch.sigmoid(F.linear(hidden, fc2, fc2_bias))[..., None, None]  # (B, C, 1, 1)
 
     fc1, fc2 = fc1_weight.flatten(1), fc2_weight.flatten(1)
-    out = reference.psa_tail(branches, se)
+    out = reference.psa_tail(list(branches), [se(branch) for branch in branches])
     if scale is not None:
         out = out * scale[:, None, None]
     if shift is not None:

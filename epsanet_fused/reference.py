@@ -6,7 +6,7 @@ Paper: EPSANet (arXiv 2105.14447), section 3.2, figures 3 to 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +48,20 @@ class SEWeightModule(nn.Module):
         return self.sigmoid(self.fc2(out))  # (B, C, 1, 1)
 
 
-def psa_tail(branches: Sequence[Tensor], se: Callable[[Tensor], Tensor]) -> Tensor:
-    """All that follows the convolutions, literally: attend, reweight, concatenate in reverse.
+def psa_tail(branches: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """All that follows squeeze and excite, literally: attend, reweight, concatenate in reverse.
 
     Args:
         branches: S tensors (B, C, H, W), the smallest kernel's first.
-        se: maps a branch (B, C, H, W) to its channel weights (B, C, 1, 1); shared by all branches.
+        weights: the S branches' channel weights (B, C, 1, 1), by the SE module that they share.
 
     Returns:
         (B, S * C, H, W); the *last* branch has the first C channels.
     """
     B, C, H, W = branches[0].shape
     S = len(branches)
-    feats = torch.cat(list(branches), dim=1).view(B, S, C, H, W)
-    attention = torch.cat([se(x) for x in branches], dim=1).view(B, S, C, 1, 1)
+    feats = torch.cat(branches, dim=1).view(B, S, C, H, W)
+    attention = torch.cat(weights, dim=1).view(B, S, C, 1, 1)
     attention = torch.softmax(attention, dim=1)  # across the branches, per sample and channel
     feats = feats * attention
     out = feats[:, 0]
@@ -111,7 +111,8 @@ class PSAModule(nn.Module):
         return [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return psa_tail(self.convolve(x), self.se)
+        branches = self.convolve(x)
+        return psa_tail(branches, [self.se(branch) for branch in branches])
 
 
 def _check_widths(

@@ -67,6 +67,12 @@ def test_fused_chooses_the_module(fused: bool) -> None:
     assert {type(m) for m in found} == {ef.FusedPSAModule if fused else ef.PSAModule}
 
 
+def test_images_may_have_any_channels() -> None:
+    assert small(in_chans=1)(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    with pytest.raises(ValueError, match="in_chans must be at least 1, got 0"):
+        small(in_chans=0)
+
+
 def test_one_seed_gives_plain_and_fused_the_same_weights() -> None:
     states = []
     for fused in (True, False):

@@ -96,7 +96,8 @@ def test_from_reference_takes_modules_of_the_same_build() -> None:
     theirs.se = ef.SEWeightModule(4, reduction=2)
     fused, x = ef.FusedPSAModule.from_reference(theirs), torch.randn(2, 8, 5, 5)
     branches = [getattr(theirs, f"conv_{k}")(x) for k in (1, 2, 3, 4)]
-    torch.testing.assert_close(fused(x), reference.psa_tail(branches, theirs.se))
+    weights = [theirs.se(branch) for branch in branches]
+    torch.testing.assert_close(fused(x), reference.psa_tail(branches, weights))
 
 
 def _without(name: str) -> nn.Module:

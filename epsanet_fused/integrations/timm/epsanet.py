@@ -1,0 +1,226 @@
+"""EPSANet as timm has its models: https://huggingface.co/docs/timm/en/feature_extraction."""
+
+# Annotations are types here, not strings: a traced model is compiled by TorchScript with them.
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import create_classifier, get_device_dtype, get_norm_layer, is_scriptable
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from epsanet_fused import models
+from epsanet_fused.models import ARCHITECTURES, EPSABlock, NormLayer
+
+__all__ = ["EPSANet", "epsanet50", "epsanet50_large", "epsanet101", "epsanet101_large"]
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+
+
+class EPSANet(models.EPSANet):
+    """``epsanet_fused.EPSANet`` with the methods of timm's models; the same state_dict keys.
+
+    Args:
+        block, layers: as for ``epsanet_fused.EPSANet``.
+        num_classes: the width of the classifier; 0 for none.
+        in_chans: channels of the images.
+        global_pool: "avg", "max", "avgmax" or "catavgmax", or timm's other way to compute it,
+            "fastavg" and so on; "" for none.
+        drop_rate: the share of features before the classifier that are dropped in training.
+        norm_layer: makes a normalisation from a channel count, or is timm's name of one.
+        device, dtype: where, and in which dtype, the parameters are made.
+        **options: ``planes``, ``conv_kernels``, ``conv_groups``, ``reduction`` and ``fused``, as
+            for ``epsanet_fused.EPSANet``.
+
+    Shape: images (B, in_chans, H, W) -> logits (B, num_classes).
+    """
+
+    def __init__(
+        self,
+        block: type[EPSABlock],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        *,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        norm_layer: NormLayer | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        options |= {"in_chans": in_chans, "norm_layer": _norm_layer(norm_layer)}
+        with torch.device(device or torch.get_default_device()):
+            super().__init__(block, layers, **options)
+        self.to(dtype=dtype)
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        widths = [64, *(getattr(self, stage)[-1].conv3.out_channels for stage in STAGES)]
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2**i, "module": module}
+            for i, (width, module) in enumerate(zip(widths, ("relu", *STAGES), strict=True), 1)
+        ]
+        self.num_features = widths[-1]
+        del self.avgpool  # global_pool, which comes with the classifier, takes its place
+        self.reset_classifier(num_classes, global_pool)
+
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier of ``num_classes``, 0 for none; the pooling stays if it is None."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        if not isinstance(pool, str) or pool.removeprefix("fast") not in POOLS:
+            raise ValueError(f"EPSANet: global_pool must be one of {POOLS}, got {pool!r}")
+        head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
+        self.num_classes = num_classes
+        self.global_pool, self.fc = (module.train(self.training) for module in head)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward computes the inside of each block again instead of keeping it."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """The parameters' layers for a decay by layer: the stem, then stages or blocks."""
+        blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^conv1|^bn1", "blocks": blocks}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> features (B, num_features, H / 32, W / 32)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+            return checkpoint_seq(stages, x, flatten=True)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits (B, num_classes), or what goes into fc: (B, head_hidden_size)."""
+        x = self.global_pool(x)
+        x = F.dropout(x, float(self.drop_rate), self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The features, and with them those taken at ``feature_info``'s five places.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: which of the five; an int for as many of the last ones, None for all.
+            norm: there is no last norm to apply; it makes no difference.
+            stop_early: leave out the stages behind the last index.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(
+                f"forward_intermediates: output_fmt must be 'NCHW', got {output_fmt!r}"
+            )
+        taken, last = feature_take_indices(5, indices)
+        x = self.relu(self.bn1(self.conv1(x)))
+        intermediates = [x] if 0 in taken else []
+        x = self.maxpool(x)
+        for i, name in enumerate(STAGES[:last] if stop_early else STAGES, 1):
+            stage = getattr(self, name)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if i in taken:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what ``forward_intermediates(x, indices)`` doesn't need; returns the indices."""
+        taken, last = feature_take_indices(5, indices)
+        for name in STAGES[last:]:
+            setattr(self, name, nn.Sequential())
+        if last == 0:
+            self.maxpool = nn.Identity()
+        self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        return taken
+
+
+def _norm_layer(given: NormLayer | str | None) -> NormLayer | None:
+    if not isinstance(given, str):
+        return given
+    try:
+        return get_norm_layer(given)
+    except KeyError:
+        raise ValueError(
+            f"EPSANet: norm_layer must be a callable or timm's name of a norm, got {given!r}"
+        ) from None
+
+
+def _default_cfg() -> dict[str, Any]:
+    """The preprocessing of the paper's evaluation; no weights were ever published."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "paper_ids": "arXiv:2105.14447",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _default_cfg() for name in ARCHITECTURES})
+
+
+def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    # TorchScript can't compile the operator's Python front.
+    options = ARCHITECTURES[name] | {"fused": not is_scriptable()} | options
+    return build_model_with_cfg(EPSANet, name, pretrained, **options)
+
+
+@register_model
+def epsanet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EPSANet-50 (Small): 22,561,715 parameters."""
+    return _create("epsanet50", pretrained, kwargs)
+
+
+@register_model
+def epsanet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EPSANet-101 (Small): 38,900,279 parameters."""
+    return _create("epsanet101", pretrained, kwargs)
+
+
+@register_model
+def epsanet50_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EPSANet-50 (Large), as ``epsanet_fused.epsanet50_large`` reads it: 27,899,518 parameters."""
+    return _create("epsanet50_large", pretrained, kwargs)
+
+
+@register_model
+def epsanet101_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EPSANet-101 (Large), as ``epsanet_fused.epsanet50_large`` reads it: 49,592,198 parameters."""
+    return _create("epsanet101_large", pretrained, kwargs)
