@@ -88,7 +88,7 @@ def run(program: str, body: Callable[[], None]) -> int:
 
 def _line(failure: RunError) -> str:
     """Without the traceback that a DataLoader puts before what its workers raise."""
-    return str(failure).strip().splitlines()[-1].rpartition(f"{type(failure).__name__}: ")[2]
+    return str(failure).strip().splitlines()[-1].rpartition(f".{type(failure).__name__}: ")[2]
 
 
 def _rank() -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import Diverged, InputError, Stopped, World
+from processes import DivergedError, InputError, StoppedError, World, mix
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -61,10 +60,10 @@ class Means:
         """One of ``all``.
 
         Raises:
-            Diverged: if it isn't finite, in every process.
+            DivergedError: if it isn't finite, in every process.
         """
         if not math.isfinite(value := self.all()[name]):
-            raise Diverged(f"the {name} became {value}; a smaller --lr or a warm-up may help")
+            raise DivergedError(f"the {name} became {value}; a smaller --lr or a warm-up may help")
         return value
 
 
@@ -74,6 +73,7 @@ class Trainer:
     Args:
         model: on ``world.device``.
         optimizer: of the model's parameters; set its learning rate before each step.
+        seed: of what the model draws in training, such as a dropout.
         accumulate: micro-batches of a step in this process.
         amp: mixed precision: float16 with a scaled loss on cuda, bfloat16 elsewhere.
         ema_decay: keeps an exponential moving average of the weights and running statistics, which
@@ -86,16 +86,13 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         world: World,
         *,
+        seed: int = 0,
         accumulate: int = 1,
         amp: bool = False,
         ema_decay: float | None = None,
     ) -> None:
-        self.model, self.optimizer, self.world, self.accumulate = (
-            model,
-            optimizer,
-            world,
-            accumulate,
-        )
+        self.model, self.optimizer, self.world = model, optimizer, world
+        self.seed, self.accumulate = seed, accumulate
         on_cuda = world.device.type == "cuda"
         self.amp_dtype = (torch.float16 if on_cuda else torch.bfloat16) if amp else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_cuda)
@@ -123,15 +120,23 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.world.device.type, self.amp_dtype)
 
-    def step(self, batches: Iterable[Any], mean_loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    def step(
+        self,
+        key: tuple[int, int],
+        batches: Iterable[Any],
+        mean_loss: Callable[[nn.Module, Any], Tensor],
+    ) -> None:
         """One step of the optimizer.
 
         Args:
+            key: (epoch, step in the epoch). What the model draws depends on this, the seed and the
+                micro-batch's place among those of all processes.
             batches: ``accumulate`` micro-batches.
             mean_loss: maps the model to call and a micro-batch to the mean loss of its samples.
         """
         self.optimizer.zero_grad()
         for k, batch in enumerate(batches):
+            torch.manual_seed(mix(self.seed, *key, self.world.rank * self.accumulate + k))
             self._share_momentum(k)
             is_last = k == self.accumulate - 1
             waits = not is_last and isinstance(self.parallel, DistributedDataParallel)
@@ -280,9 +285,8 @@ class Record:
         self.checkpoint = folder / "checkpoint.pth.tar"
         self.epoch, self.best = 0, -math.inf
         self.rows: list[Row] = []
-        if self.checkpoint.exists() and (
-            resume is None or resume.parent.resolve() != folder.resolve()
-        ):
+        goes_on_here = resume is not None and resume.parent.resolve() == folder.resolve()
+        if self.checkpoint.exists() and not goes_on_here:
             raise InputError(
                 f"--out {folder} holds the checkpoint of another run: go on with it by --resume "
                 f"{self.checkpoint}, or take another folder"
@@ -292,7 +296,7 @@ class Record:
         """Load a checkpoint, and say in a line each what of it differs or is missing."""
         rest, notes = trainer.resume(path)
         if (arch := rest.get("arch", self.arch)) != self.arch:
-            raise InputError(f"--resume {path} is of the model {arch}, not of {self.arch}")
+            notes.append(f"it calls its model {arch}, not {self.arch}, but fits")
         if "epoch" not in rest:
             raise InputError(f"--resume {path} holds no epoch; bare weights are for --weights")
         self.epoch = int(rest["epoch"])
@@ -342,7 +346,7 @@ class Record:
         """Says of a run that was stopped, or diverged, from where it can go on."""
         try:
             yield
-        except (Stopped, Diverged) as failure:
+        except (StoppedError, DivergedError) as failure:
             advice = "no epoch was finished"
             if self.checkpoint.exists():
                 advice = f"to go on after epoch {self.epoch}, add --resume {self.checkpoint}"
