@@ -13,7 +13,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,12 @@ class Means:
         return value
 
 
+def autocast(world: World, amp: bool) -> torch.autocast:
+    """Mixed precision if ``amp``: float16 on cuda, bfloat16 elsewhere."""
+    dtype = torch.float16 if world.device.type == "cuda" else torch.bfloat16
+    return torch.autocast(world.device.type, dtype, enabled=amp)
+
+
 class Trainer:
     """A model in training, in step with its copies in the other processes.
 
@@ -75,7 +81,7 @@ class Trainer:
         optimizer: of the model's parameters; set its learning rate before each step.
         seed: of what the model draws in training, such as a dropout.
         accumulate: micro-batches of a step in this process.
-        amp: mixed precision: float16 with a scaled loss on cuda, bfloat16 elsewhere.
+        amp: mixed precision, see ``autocast``; float16 with a scaled loss.
         ema_decay: keeps an exponential moving average of the weights and running statistics, which
             is then what is evaluated; None keeps none.
     """
@@ -93,8 +99,7 @@ class Trainer:
     ) -> None:
         self.model, self.optimizer, self.world = model, optimizer, world
         self.seed, self.accumulate = seed, accumulate
-        on_cuda = world.device.type == "cuda"
-        self.amp_dtype = (torch.float16 if on_cuda else torch.bfloat16) if amp else None
+        self.amp, on_cuda = amp, world.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_cuda)
         self.parallel = model
         if world.size > 1:
@@ -113,12 +118,6 @@ class Trainer:
     def evaluated(self) -> nn.Module:
         """The model to evaluate and to keep: the average if there is one."""
         return self.model if self.ema is None else self.ema.module
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision if it was asked for."""
-        if self.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self.amp_dtype)
 
     def step(
         self,
@@ -141,7 +140,7 @@ class Trainer:
             is_last = k == self.accumulate - 1
             waits = not is_last and isinstance(self.parallel, DistributedDataParallel)
             with self.parallel.no_sync() if waits else nullcontext():
-                with self.autocast():
+                with autocast(self.world, self.amp):
                     loss = mean_loss(self.parallel, batch)
                 self.scaler.scale(loss / self.accumulate).backward()
         self.scaler.step(self.optimizer)
