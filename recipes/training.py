@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import DivergedError, InputError, StoppedError, World, mix
+from processes import DivergedError, InputError, RunError, World, mix
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -268,13 +269,13 @@ class Record:
     lies in the folder.
 
     Args:
-        folder: must not hold a checkpoint, unless the run goes on from this folder.
+        folder: is made. It must not hold a checkpoint, unless the run goes on from this folder.
         arch: the model's name.
         options: what the run's numbers hang on, of plain types; kept in the checkpoint.
         resume: the checkpoint that the run goes on from.
 
     Raises:
-        InputError: if the folder holds the checkpoint of another run.
+        InputError: if the folder can't be written to, or holds the checkpoint of another run.
     """
 
     def __init__(
@@ -290,6 +291,12 @@ class Record:
                 f"--out {folder} holds the checkpoint of another run: go on with it by --resume "
                 f"{self.checkpoint}, or take another folder"
             )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out: can't make the folder {folder}: {error}") from None
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"--out {folder} must be a folder to write into, which this isn't")
 
     def resume(self, trainer: Trainer, path: Path) -> None:
         """Load a checkpoint, and say in a line each what of it differs or is missing."""
@@ -317,12 +324,20 @@ class Record:
 
         Killed at any point, the folder holds a checkpoint from which a resumed run writes again
         whatever is missing: the checkpoint comes last.
+
+        Raises:
+            RunError: if a file can't be written.
         """
         self.epoch += 1
         self.rows.append({"epoch": self.epoch, **row})
         is_best, self.best = score > self.best, max(score, self.best)
-        if not self.world.is_first:
-            return
+        if self.world.is_first:
+            try:
+                self._write(trainer, is_best)
+            except OSError as error:
+                raise RunError(f"can't write to {self.folder}: {error}") from None
+
+    def _write(self, trainer: Trainer, is_best: bool) -> None:
         data = io.BytesIO()
         torch.save(
             {
@@ -342,10 +357,10 @@ class Record:
 
     @contextmanager
     def advising(self) -> Iterator[None]:
-        """Says of a run that was stopped, or diverged, from where it can go on."""
+        """Says of a run that ends early from where it can go on."""
         try:
             yield
-        except (StoppedError, DivergedError) as failure:
+        except RunError as failure:
             advice = "no epoch was finished"
             if self.checkpoint.exists():
                 advice = f"to go on after epoch {self.epoch}, add --resume {self.checkpoint}"
