@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits, load_sample_images
 def write_digits(
     root: Path, classes: int = 4, train: int = 12, val: int = 5, side: int = 40
 ) -> Path:
-    """DATA/train/CLASS/*.png and DATA/val/CLASS/*.png: scanned digits, ``train`` and ``val`` each."""
+    """DATA/train/CLASS/*.png, DATA/val/CLASS/*.png: scanned digits, so many of each class."""
     digits = load_digits()
     for label in range(classes):
         images = digits.images[digits.target == label][: train + val]  # (N, 8, 8), of 0 to 16
