@@ -102,7 +102,7 @@ def learning_rate(args: argparse.Namespace, epoch: int, step: int, steps: int) -
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Top-1 and top-5 accuracy in percent; top-5 of fewer classes is of all of them.
+    """Top-1 and top-5 accuracy in percent, summed; top-5 of fewer classes is of all of them.
 
     Args:
         logits: (B, classes).
@@ -110,7 +110,7 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5), the highest first
     hits = (best == labels[:, None]).double()
-    return {"top1": 100 * hits[:, 0].mean(), "top5": 100 * hits.sum(1).mean()}
+    return {"top1": 100 * hits[:, 0].sum(), "top5": 100 * hits.sum()}
 
 
 def mover(args: argparse.Namespace, world: World) -> Callable[[Batch], Batch]:
@@ -137,7 +137,9 @@ def train_epoch(
         images, labels = move(batch)
         logits = model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-        means.add(len(labels), loss=loss, top1=scores(logits.detach(), labels)["top1"])
+        means.add(
+            len(labels), loss=loss * len(labels), top1=scores(logits.detach(), labels)["top1"]
+        )
         return loss
 
     trainer.model.train()
@@ -174,7 +176,7 @@ def evaluate(
             images, labels = move(batch)
             with autocast(world, args.amp):
                 logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             means.add(len(labels), val_loss=loss, **scores(logits, labels))
             bar.update()
     return means.all()

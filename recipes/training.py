@@ -40,16 +40,16 @@ def progress_bar(world: World, steps: int, title: str) -> tqdm:
 
 
 class Means:
-    """Weighted means of named values over the steps and processes, summed in float64."""
+    """Means of named values over the samples of all steps and processes, summed in float64."""
 
     def __init__(self, world: World, *names: str) -> None:
         self.world = world
         self.names = names
         self.sums = torch.zeros(1 + len(names), dtype=torch.float64, device=world.device)
 
-    def add(self, count: int, **values: Tensor) -> None:
-        """Each value is a scalar mean over ``count`` samples."""
-        row = [values[name].detach().double() * count for name in self.names]
+    def add(self, count: int, **sums: Tensor) -> None:
+        """Each is a scalar, summed over ``count`` samples."""
+        row = [sums[name].detach().double() for name in self.names]
         self.sums += torch.stack([torch.full_like(row[0], count), *row])
 
     def all(self) -> dict[str, float]:
