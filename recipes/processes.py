@@ -91,6 +91,11 @@ def _line(failure: RunError) -> str:
     return str(failure).strip().splitlines()[-1].rpartition(f".{type(failure).__name__}: ")[2]
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 

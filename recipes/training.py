@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import DivergedError, InputError, RunError, World, mix
+from processes import DivergedError, InputError, RunError, World, first_line, mix
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -254,10 +254,6 @@ def load_weights(model: nn.Module, path: Path, option: str) -> dict[str, Any]:
         return ef.load_checkpoint(model, path)
     except Exception as error:  # a torn file raises errors of many types
         raise InputError(f"{option} {path}: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Record:
