@@ -360,7 +360,7 @@ class Record:
             advice = "no epoch was finished"
             if self.checkpoint.exists():
                 advice = f"to go on after epoch {self.epoch}, add --resume {self.checkpoint}"
-            failure.args = (f"{failure}; {advice}", *failure.args[1:])
+            failure.args = (f"{failure}; {advice}",)
             raise
 
 
