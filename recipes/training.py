@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import DivergedError, InputError, RunError, World, first_line, mix
+from processes import DivergedError, InputError, RunError, World, first_line, mix, reason_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -356,12 +356,14 @@ class Record:
         """Says of a run that ends early from where it can go on."""
         try:
             yield
-        except RunError as failure:
+        except Exception as error:
+            if (reason := reason_of(error)) is None:
+                raise
             advice = "no epoch was finished"
             if self.checkpoint.exists():
                 advice = f"to go on after epoch {self.epoch}, add --resume {self.checkpoint}"
-            failure.args = (f"{failure}; {advice}",)
-            raise
+            reason.args = (f"{reason}; {advice}",)
+            raise reason from None
 
 
 def _csv(rows: Sequence[Row]) -> bytes:
