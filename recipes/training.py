@@ -324,20 +324,21 @@ class Record:
         Raises:
             RunError: if a file can't be written.
         """
-        self.epoch += 1
-        self.rows.append({"epoch": self.epoch, **row})
+        epoch = self.epoch + 1
+        self.rows.append({"epoch": epoch, **row})
         is_best, self.best = score > self.best, max(score, self.best)
         if self.world.is_first:
             try:
-                self._write(trainer, is_best)
+                self._write(trainer, epoch, is_best)
             except OSError as error:
                 raise RunError(f"can't write to {self.folder}: {error}") from None
+        self.epoch = epoch
 
-    def _write(self, trainer: Trainer, is_best: bool) -> None:
+    def _write(self, trainer: Trainer, epoch: int, is_best: bool) -> None:
         data = io.BytesIO()
         torch.save(
             {
-                "epoch": self.epoch,
+                "epoch": epoch,
                 "arch": self.arch,
                 "best_prec1": self.best,
                 "options": self.options,
