@@ -26,6 +26,19 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
     Raises:
         ValueError: if the file holds no state_dict, or one that doesn't fit; it names the keys.
     """
+    state, rest = read_checkpoint(path)
+    # Compared first: load_state_dict would copy what fits before it complains of what doesn't.
+    check_fit(model.state_dict(), state, path)
+    model.load_state_dict(state)
+    return rest
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict in a file that ``load_checkpoint`` takes, without ``module.``, and the rest.
+
+    Raises:
+        ValueError: if the file holds no state_dict.
+    """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict):
         raise ValueError(
@@ -41,10 +54,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
             f"'state_dict'; found the keys {sorted(map(str, checkpoint))[:8]}"
         )
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    # Compared first: load_state_dict would copy what fits before it complains of what doesn't.
-    _check_fit(model.state_dict(), state, path)
-    model.load_state_dict(state)
-    return rest
+    return state, rest
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -55,9 +65,10 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _check_fit(
+def check_fit(
     own: dict[str, Tensor], given: dict[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
+    """Refuse a state_dict whose keys or shapes are not ``own``, with a ValueError."""
     problems = [f"missing {k}" for k in own if k not in given]
     problems += [f"unexpected {k}" for k in given if k not in own]
     problems += [
