@@ -13,6 +13,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine may leave the new name empty
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -19,9 +19,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+import arguments
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -207,65 +207,34 @@ def curves_png(plain: Curve, fused: Curve) -> bytes:
     return image.getvalue()
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be an integer of {low} to {high}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of 0 to below 1, got {text!r}")
-    return value
-
-
-def _device(text: str) -> torch.device:
-    try:
-        torch.zeros(1, device=text, dtype=DTYPE)
-        return torch.device(text)
-    except Exception as error:  # each device type refuses with a type of its own
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"can't use {text!r} here: {reason}") from None
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"can't make the folder {text!r}: {error}") from None
-    return path
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=_folder, default="out", help="folder for digits.csv and digits.png (out)")
-    add("--epochs", type=_integer(1, 1000), default=6, help="of each of the two trainings (6)")
-    add("--seed", type=_integer(0, 2**32 - 1), default=0, help="of weights and order (0)")
-    add("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add(
+        "--out",
+        type=arguments.folder,
+        default="out",
+        help="folder for digits.csv and digits.png (out)",
+    )
+    add(
+        "--epochs",
+        type=arguments.integer(1, 1000),
+        default=6,
+        help="of each of the two trainings (6)",
+    )
+    add("--seed", type=arguments.integer(0, 2**32 - 1), default=0, help="of weights and order (0)")
+    add("--device", type=arguments.device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     add(
         "--images",
-        type=_integer(BATCH, TRAIN_IMAGES),
+        type=arguments.integer(BATCH, TRAIN_IMAGES),
         default=TRAIN_IMAGES,
         help=f"how many of the {TRAIN_IMAGES} training images to use (all)",
     )
     add(
         "--min-accuracy",
-        type=_share,
+        type=arguments.share,
         default=0.95,
         help="what both test accuracies must pass in the end (0.95)",
     )
