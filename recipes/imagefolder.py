@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from PIL import Image
-from processes import InputError, SampleError
+from processes import InputError, SampleError, first_line
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
@@ -49,14 +49,14 @@ def _load(data: Path, part: str, geometry: list[object]) -> ImageFolder:
         raise InputError(f"{data} must hold a folder {part}, which isn't there")
     finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     try:
-        return ImageFolder(str(folder), transforms.Compose([*geometry, *finish]), loader=_read)
+        return ImageFolder(str(folder), transforms.Compose([*geometry, *finish]), loader=read_image)
     except FileNotFoundError as error:  # no class, or one without an image
         raise InputError(f"{folder} must hold a folder of images for each class: {error}") from None
 
 
-def _read(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
+    """An image file in RGB; a SampleError that names the file if it is broken."""
     try:
         return pil_loader(path)
     except Exception as error:  # broken files raise errors of many types
-        reason = str(error).splitlines()[0]
-        raise SampleError(f"can't read the image {path}: {reason}") from None
+        raise SampleError(f"can't read the image {path}: {first_line(error)}") from None

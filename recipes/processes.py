@@ -32,6 +32,11 @@ class RunError(Exception):
     status = 1
     everywhere = True  # every process comes to it, and the first one says it for all
 
+    def __init__(self, text: str) -> None:
+        # A DataLoader makes another of what its workers raise, of their traceback.
+        last = text.strip().splitlines()[-1]
+        super().__init__(last.rpartition(f"{__name__}.{type(self).__name__}: ")[2])
+
 
 class InputError(RunError):
     """What the user gave can't be used: argument, what came, what is accepted."""
@@ -52,12 +57,9 @@ class DivergedError(RunError):
 class StoppedError(RunError):
     """SIGINT or SIGTERM came."""
 
-    def __init__(self, reason: str, number: int) -> None:
-        super().__init__(reason, number)
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.status = 128 + number
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 def run(program: str, body: Callable[[], None]) -> int:
@@ -68,27 +70,27 @@ def run(program: str, body: Callable[[], None]) -> int:
     stopped: list[StoppedError] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        stopped.append(StoppedError(f"stopped by {signal.Signals(number).name}", number))
+        stopped.append(StoppedError(number))
         raise stopped[-1]
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
         body()
-    except RunError as failure:
-        if _rank() == 0 or not failure.everywhere:
-            print(f"{program}: {_line(failure)}", file=sys.stderr, flush=True)
-        return failure.status
-    except Exception:
-        if not stopped:
-            raise
-        return stopped[-1].status  # others were stopped first, and left this one alone
+    except Exception as error:
+        if not isinstance(error, RunError):
+            if not stopped:
+                raise
+            error = stopped[-1]  # other processes were stopped first, and left this one alone
+        if _rank() == 0 or not error.everywhere:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        return error.status
     return 0
 
 
-def _line(failure: RunError) -> str:
-    """Without the traceback that a DataLoader puts before what its workers raise."""
-    return str(failure).strip().splitlines()[-1].rpartition(f".{type(failure).__name__}: ")[2]
+def first_line(error: Exception) -> str:
+    """What an error says, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _rank() -> int:

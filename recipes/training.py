@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import DivergedError, InputError, RunError, World, mix
+from processes import DivergedError, InputError, RunError, World, first_line, mix
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -256,10 +256,6 @@ def load_weights(model: nn.Module, path: Path, option: str) -> dict[str, Any]:
         raise InputError(f"{option} {path}: {first_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class Record:
     """What a run leaves in its folder, written by the first process.
 
@@ -364,7 +360,7 @@ class Record:
             advice = "no epoch was finished"
             if self.checkpoint.exists():
                 advice = f"to go on after epoch {self.epoch}, add --resume {self.checkpoint}"
-            failure.args = (f"{failure}; {advice}", *failure.args[1:])
+            failure.args = (f"{failure}; {advice}",)
             raise
 
 
