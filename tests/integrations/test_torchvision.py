@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from coco_set import write_backbone
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FrozenBatchNorm2d
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUILDERS = [fasterrcnn_epsanet50_fpn, maskrcnn_epsanet50_fpn, retinanet_epsanet50_fpn]
 SIDE = 96
+SIZES = ((96, 100), (80, 96))  # height, width
 
 every_detector = pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
 
@@ -38,29 +40,20 @@ def trainable(model: nn.Module) -> int:
 
 
 @pytest.fixture(scope="module")
-def network() -> ef.EPSANet:
-    """Its norms are as in a trained one: they know the activations, and add little to a sum."""
-    torch.manual_seed(0)
-    model = ef.epsanet50(num_classes=7)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the mean over all batches
-            scale = 0.2 if name.endswith(("bn3", "downsample.1")) else 0.5
-            nn.init.uniform_(module.weight, 0.8 * scale, 1.2 * scale)
-            nn.init.normal_(module.bias, 0.0, 0.1 * scale)
-    with torch.no_grad():
-        model(torch.randn(8, 3, SIDE, SIDE))
-    return model.eval()
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ef.EPSANet, Path]:
+    """A network and its file in the official layout; its norms are as in a trained one."""
+    path = tmp_path_factory.mktemp("weights") / "epsanet50.pth.tar"
+    return write_backbone(path), path
 
 
 @pytest.fixture(scope="module")
-def weights(network: ef.EPSANet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file in the official layout."""
-    path = tmp_path_factory.mktemp("weights") / "epsanet50.pth.tar"
-    state = {f"module.{key}": value for key, value in network.state_dict().items()}
-    content = {"epoch": 120, "arch": "epsanet50", "state_dict": state, "best_prec1": torch.ones(())}
-    torch.save(content, path)
-    return path
+def network(trained: tuple[ef.EPSANet, Path]) -> ef.EPSANet:
+    return trained[0]
+
+
+@pytest.fixture(scope="module")
+def weights(trained: tuple[ef.EPSANet, Path]) -> Path:
+    return trained[1]
 
 
 def scene() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -84,9 +77,6 @@ def scene() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
             "masks": disc,
         },
     ]
-
-
-SIZES = ((96, 100), (80, 96))
 
 
 def build_small(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
