@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import arguments
@@ -68,16 +68,18 @@ def run(program: str, body: Callable[[], None]) -> int:
     SIGINT and SIGTERM raise ``StoppedError`` in ``body``, wherever it is.
     """
     stopped: list[StoppedError] = []
+    owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        stopped.append(StoppedError(number))
-        raise stopped[-1]
+        if os.getpid() == owner:  # and not a worker that was forked just now
+            stopped.append(StoppedError(number))
+            raise stopped[-1]
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    _handle_signals(stop)
     try:
         body()
     except Exception as error:
+        _handle_signals(signal.SIG_IGN)  # on the way out already, and torchrun may repeat itself
         if not isinstance(error, RunError):
             if not stopped:
                 raise
@@ -86,6 +88,11 @@ def run(program: str, body: Callable[[], None]) -> int:
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         return error.status
     return 0
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def first_line(error: Exception) -> str:
@@ -276,7 +283,7 @@ def make_loader(
     world: World,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A DataLoader whose workers stay from epoch to epoch, and leave Ctrl-C to this process."""
+    """A DataLoader whose workers stay from epoch to epoch, and leave a stop to this process."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -284,10 +291,22 @@ def make_loader(
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # or every epoch would draw a number from the global one
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _excepthook_of_worker
+
+
+def _excepthook_of_worker(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """A process that is stopped hangs up on its workers in the middle of a word: that is no news.
+
+    What goes wrong with a sample doesn't come here, the DataLoader hands it on.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)

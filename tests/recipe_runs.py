@@ -48,15 +48,23 @@ def recipe(
 def stop_in_the_middle(
     number: signal.Signals, progress: str, name: str, *arguments: Arguments, errors: Path
 ) -> tuple[int, str]:
-    """Send a signal once the pattern is in stderr, kept in ``errors``: exit status and stderr."""
+    """Send a signal once the pattern is in stderr, kept in ``errors``: exit status and stderr.
+
+    SIGINT goes to the workers of the DataLoader, too, as Ctrl-C does.
+    """
     with errors.open("wb") as file:
-        process = subprocess.Popen(command(name, *arguments), stderr=file, env=environment())
+        process = subprocess.Popen(
+            command(name, *arguments), stderr=file, env=environment(), start_new_session=True
+        )
     deadline = time.monotonic() + 120
     while not re.search(progress, errors.read_text()):
         assert process.poll() is None, f"ended early: {errors.read_text()}"
         assert time.monotonic() < deadline, f"not in time: {errors.read_text()}"
         time.sleep(0.02)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     return process.wait(timeout=60), errors.read_text()
 
 
