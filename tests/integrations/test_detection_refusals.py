@@ -39,7 +39,7 @@ def _no_images(data: Path) -> None:
 
 def _torn_image(data: Path) -> None:
     path = data / "train2017" / "000000000001.jpg"
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[:1500])
 
 
 @pytest.mark.parametrize(
