@@ -62,32 +62,47 @@ class StoppedError(RunError):
         self.status = 128 + number
 
 
+_stopped: list[StoppedError] = []  # by the signals that came
+
+
 def run(program: str, body: Callable[[], None]) -> int:
     """Run a recipe to its exit status; a ``RunError`` becomes one line on stderr.
 
     SIGINT and SIGTERM raise ``StoppedError`` in ``body``, wherever it is.
     """
-    stopped: list[StoppedError] = []
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:  # and not a worker that was forked just now
-            stopped.append(StoppedError(number))
-            raise stopped[-1]
+            _stopped.append(StoppedError(number))
+            raise _stopped[-1]
 
     _handle_signals(stop)
     try:
         body()
     except Exception as error:
         _handle_signals(signal.SIG_IGN)  # on the way out already, and torchrun may repeat itself
-        if not isinstance(error, RunError):
-            if not stopped:
-                raise
-            error = stopped[-1]  # other processes were stopped first, and left this one alone
-        if _rank() == 0 or not error.everywhere:
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
-        return error.status
+        # The workers of DataLoaders end with this process, and that is no failure of theirs.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if (reason := reason_of(error)) is None:
+            raise
+        if _rank() == 0 or not reason.everywhere:
+            print(f"{program}: {reason}", file=sys.stderr, flush=True)
+        return reason.status
+    finally:
+        _stopped.clear()
     return 0
+
+
+def reason_of(error: Exception) -> RunError | None:
+    """The ``RunError`` behind an error: itself, or a stop that showed as something else.
+
+    C++ code may wrap what a signal raises, and a process fails in another way if the others were
+    stopped first.
+    """
+    if isinstance(error, RunError):
+        return error
+    return _stopped[0] if _stopped else None
 
 
 def _handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import DivergedError, InputError, RunError, World, first_line, mix
+from processes import DivergedError, InputError, RunError, World, first_line, mix, reason_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -324,20 +324,21 @@ class Record:
         Raises:
             RunError: if a file can't be written.
         """
-        self.epoch += 1
-        self.rows.append({"epoch": self.epoch, **row})
+        epoch = self.epoch + 1
+        self.rows.append({"epoch": epoch, **row})
         is_best, self.best = score > self.best, max(score, self.best)
         if self.world.is_first:
             try:
-                self._write(trainer, is_best)
+                self._write(trainer, epoch, is_best)
             except OSError as error:
                 raise RunError(f"can't write to {self.folder}: {error}") from None
+        self.epoch = epoch
 
-    def _write(self, trainer: Trainer, is_best: bool) -> None:
+    def _write(self, trainer: Trainer, epoch: int, is_best: bool) -> None:
         data = io.BytesIO()
         torch.save(
             {
-                "epoch": self.epoch,
+                "epoch": epoch,
                 "arch": self.arch,
                 "best_prec1": self.best,
                 "options": self.options,
@@ -356,12 +357,14 @@ class Record:
         """Says of a run that ends early from where it can go on."""
         try:
             yield
-        except RunError as failure:
+        except Exception as error:
+            if (reason := reason_of(error)) is None:
+                raise
             advice = "no epoch was finished"
             if self.checkpoint.exists():
                 advice = f"to go on after epoch {self.epoch}, add --resume {self.checkpoint}"
-            failure.args = (f"{failure}; {advice}",)
-            raise
+            reason.args = (f"{reason}; {advice}",)
+            raise reason from None
 
 
 def _csv(rows: Sequence[Row]) -> bytes:

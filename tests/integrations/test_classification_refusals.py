@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import classification
 import pytest
 import torch
 from datasets import write_digits
@@ -72,19 +73,34 @@ def test_data(spoil: Callable[[Path], None], message: str, data: Path, tmp_path:
     [
         (["--batch-size", 16], "--batch-size 16 is more than there are training images: 8"),
         (["--accumulate", 3], "--batch-size 4 must divide into 3 equal micro-batches"),
-        (["--image-size", 31], "argument --image-size: must be an integer of 32 to 4096, got '31'"),
-        (["--warmup-epochs", 120], "--warmup-epochs must be less than --epochs, got 120 of 120"),
         (["--device", "abacus"], "--device: can't use 'abacus' here"),
         (["--eval"], "--eval needs --weights FILE or --resume FILE"),
-        (["--resume", "nowhere"], "argument --resume: must be a file, got 'nowhere'"),
     ],
 )
 def test_arguments(arguments: list[object], message: str, data: Path, tmp_path: Path) -> None:
     refused(message, data, "--out", tmp_path / "out", *SMALL, *arguments)
 
 
-def test_no_data(tmp_path: Path) -> None:
-    refused("argument DATA: must be a folder, got", tmp_path / "nowhere", *SMALL)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "argument DATA: must be a folder, got 'nowhere'"),
+        ([".", "--image-size", "31"], "argument --image-size: must be an integer of 32 to 4096"),
+        ([".", "--lr", "-1"], "argument --lr: must be a number above 0, got '-1'"),
+        ([".", "--lr", "nan"], "argument --lr: must be a number above 0, got 'nan'"),
+        ([".", "--weight-decay", "-1"], "--weight-decay: must be a number of at least 0, got '-1'"),
+        ([".", "--ema", "1"], "argument --ema: must be a number of 0 to below 1, got '1'"),
+        ([".", "--warmup-epochs", "120"], "must be less than --epochs, got 120 of 120"),
+        ([".", "--resume", "nowhere"], "argument --resume: must be a file, got 'nowhere'"),
+        ([".", "--resume", __file__, "--weights", __file__], "not allowed with argument --resume"),
+    ],
+)
+def test_values(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command's function, as this is over before anything begins."""
+    with pytest.raises(SystemExit) as caught:
+        classification.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_file_that_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
