@@ -28,7 +28,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
     """
     state, rest = read_checkpoint(path)
     # Compared first: load_state_dict would copy what fits before it complains of what doesn't.
-    _check_fit(model.state_dict(), state, path)
+    check_fit(model.state_dict(), state, path)
     model.load_state_dict(state)
     return rest
 
@@ -65,9 +65,10 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _check_fit(
+def check_fit(
     own: dict[str, Tensor], given: dict[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
+    """Refuse a state_dict whose keys or shapes are not ``own``, with a ValueError."""
     problems = [f"missing {k}" for k in own if k not in given]
     problems += [f"unexpected {k}" for k in given if k not in own]
     problems += [
