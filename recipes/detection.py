@@ -7,8 +7,9 @@
 
 DATA holds train2017/, val2017/ and annotations/instances_{train,val}2017.json. The defaults are the
 published schedule: 12 epochs of SGD in batches of 16, over all processes, the learning rate 0.02
-after 500 steps of warm-up, divided by ten after epochs 8 and 11; images of 800 to 1333 pixels,
-half of them mirrored; stem and first stage frozen, and the norms' statistics, weights and biases.
+(RetinaNet 0.01) after 500 steps of warm-up, divided by ten after epochs 8 and 11; images of 800 to
+1333 pixels, half of them mirrored; stem and first stage frozen, and the norms' statistics, weights
+and biases.
 --lr is for the whole batch and isn't scaled with it. --weights is what the backbone has learnt
 elsewhere: a checkpoint of the recipe for classification, or an official one.
 
@@ -69,6 +70,8 @@ LOSSES = {
     "retinanet": ("classification", "bbox_regression"),
     "maskrcnn": (*_TWO_STAGES, "loss_mask"),
 }
+# At its highest, for batches of 16.
+LEARNING_RATES = {"fasterrcnn": 0.02, "retinanet": 0.01, "maskrcnn": 0.02}
 WARMUP_START = 0.001  # of the learning rate
 CHECK_EVERY = 20  # steps from one look at the loss to the next: each waits for the device
 # What a run's numbers don't hang on, or hang on through the micro-batch alone.
@@ -279,7 +282,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=count, default=12, help="(12)")
     add("--batch-size", type=count, default=16, help="images of a step, in all processes (16)")
     add("--accumulate", type=count, default=1, help="micro-batches of a step in each process (1)")
-    add("--lr", type=positive, default=0.02, help="learning rate at its highest (0.02)")
+    add("--lr", type=positive, help="learning rate at its highest (0.02, RetinaNet 0.01)")
     add("--milestones", type=count, nargs="*", default=[8, 11], metavar="EPOCHS",
         help="after how many the rate falls to a tenth (8 11)")  # fmt: skip
     add("--warmup-steps", type=integer(0, 2**20), default=500, help="of a rising rate (500)")
@@ -300,6 +303,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", type=existing_file, metavar="FILE", help="checkpoint to go on from")
     add("--weights", type=existing_file, metavar="FILE", help="checkpoint of the backbone")
     args = parser.parse_args(argv)
+    args.lr = args.lr or LEARNING_RATES[args.detector]
     if args.eval and not args.resume:
         parser.error("--eval needs --resume FILE")
     if args.max_size < args.min_size:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from snippets import PAGES, python_blocks
+from coco_set import write_backbone, write_coco
+from datasets import write_digits
+from recipe_runs import environment
+from snippets import PAGES, ROOT, commands, python_blocks
 
 import epsanet_fused as ef
 
@@ -30,3 +36,59 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["boxes"].shape[1] == 4
     exec(onnx, {"torch": torch, "model": names["model"]})
     assert Path("epsanet50.onnx").stat().st_size > 0
+
+
+# So small that a CPU is done in seconds.
+SMALL = {
+    "classification": "--epochs 1 --batch-size 8 --image-size 32 --workers 0",
+    "detection": "--epochs 1 --batch-size 2 --min-size 64 --max-size 96 --workers 0 --lr 1e-4",
+}
+
+
+def run(command: list[str], folder: Path, *more: str) -> str:
+    """One of README's commands, with its python, in a folder that has what it names."""
+    done = subprocess.run(
+        [sys.executable, *command[1:], *more], cwd=folder, env=environment(),
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    return tmp_path
+
+
+def test_every_command_with_python_is_run() -> None:
+    scripts = [re.split(r"[./ ]", " ".join(c))[1:3] for c in commands(README, "python")]
+    assert [s for s in scripts if s[0] == "recipes"] == [["recipes", name] for name in SMALL]
+    assert len(commands(README, "python")) == len(SMALL) + 2  # timm's, below, and the self-check
+
+
+def test_the_command_of_the_recipe_for_classification_runs_and_resumes(folder: Path) -> None:
+    [command] = commands(README, "python recipes/classification.py")
+    write_digits(folder / "DATA")
+    small = SMALL["classification"].split()
+    assert "epoch 1: train_loss" in run(command, folder, *small)
+    [resume] = re.findall(r"`(--resume \S+)`", README.read_text())
+    again = run(command, folder, *small, "--epochs", "2", *resume.split())
+    assert "epoch 2: train_loss" in again
+
+
+def test_the_command_of_the_recipe_for_detection_runs(folder: Path) -> None:
+    [command] = commands(README, "python recipes/detection.py")
+    write_coco(folder / "DATA", train=4, val=2)
+    write_backbone(folder / "epsanet50.pth.tar")
+    out = run(command, folder, *SMALL["detection"].split())
+    assert "mask_AP" in out
+
+
+def test_the_command_for_timms_scripts_runs(folder: Path) -> None:
+    [command] = commands(README, "python -m epsanet_fused.integrations.timm")
+    (folder / "train.py").write_text(
+        "import sys, timm\nprint(sys.argv, timm.is_model(sys.argv[-1]))"
+    )
+    out = run(command, folder)
+    assert out.strip().endswith("train.py', 'DATA', '--model', 'epsanet50'] True")
