@@ -6,11 +6,16 @@ import copy
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.layout import accumulator_dtype
 from epsanet_fused.ops import psa_tail
+
+# Symbolic tracing takes these as a whole.
+torch.fx.wrap("psa_tail")
+torch.fx.wrap("_attention")
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -52,23 +57,24 @@ class FusedPSAVariant(nn.Module):
         branches = [make(share) for make, share in zip(makers, shares, strict=True)]
         if build.relu:
             branches = [F.relu(branch) for branch in branches]
-        if build.overwrites:
-            for i, branch in enumerate(branches):
-                _share(x, i, count).copy_(branch)
         weights = [self._weights(*names) for names in build.ses]
+        if build.overwrites:
+            whole = torch.cat(branches, 1)
+            x.copy_(whole)
         if len(weights) == 1:  # psa_tail puts the last branch first
             return psa_tail(branches if build.reversed else branches[::-1], *weights[0])
         attention = _attention(branches, weights)[..., None, None]  # (B, S, C, 1, 1)
-        if build.overwrites and not build.reversed:  # then x is all branches, in order
-            return (x.unflatten(1, (count, -1)) * attention).flatten(1, 2)
-        parts = [branch * a for branch, a in zip(branches, attention.unbind(1), strict=True)]
+        if build.overwrites and not build.reversed:
+            return (whole.unflatten(1, (count, -1)) * attention).flatten(1, 2)
+        parts = [branch * attention[:, i] for i, branch in enumerate(branches)]
         return torch.cat(parts[::-1] if build.reversed else parts, 1)
 
     def _weights(self, *names: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(R, C, ...), (R,), (C, R, ...) and (C,); zeros for a layer without bias."""
         fc1, fc2 = (self.get_submodule(name) for name in names)
         biases = [
-            fc.weight.new_zeros(len(fc.weight)) if fc.bias is None else fc.bias for fc in (fc1, fc2)
+            fc.weight.new_zeros(fc.weight.shape[0]) if fc.bias is None else fc.bias
+            for fc in (fc1, fc2)
         ]
         return fc1.weight, biases[0], fc2.weight, biases[1]
 

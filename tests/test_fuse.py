@@ -11,59 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import official
+from psa_cases import NATURAL, REVERSED, VARIANTS, Holder, holder
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import epsanet_fused as ef
 from epsanet_fused.variants import FusedPSAVariant
 
-# For each variant: how to build it, the channels of its input, the order, what it becomes.
-REVERSED, NATURAL = "reversed", "natural"
-FUSED, VARIANT = ef.FusedPSAModule, FusedPSAVariant
-VARIANTS = {
-    "official": (lambda: variants.Official(64, 64), 64, REVERSED, FUSED),
-    "stride 2": (lambda: variants.Official(64, 128, stride=2), 64, REVERSED, FUSED),
-    "ours, plain": (lambda: ef.PSAModule(64, 64), 64, REVERSED, FUSED),
-    "a fork's SE": (
-        lambda: variants.Official(64, 64, se=variants.SEOfTheFork), 64, REVERSED, VARIANT,
-    ),
-    "in YOLO": (lambda: variants.InYOLO(32, 32), 32, REVERSED, FUSED),
-    "biased": (
-        lambda: variants.Official(32, 64, (1, 3, 5, 7), 1, (2, 4, 8, 16), bias=True),
-        32, REVERSED, FUSED,
-    ),
-    "2048 to 64": (
-        lambda: variants.Official(2048, 64, conv_groups=(1, 2, 2, 2)), 2048, REVERSED, FUSED,
-    ),
-    "in order": (lambda: variants.InOrder(64, 64), 64, NATURAL, VARIANT),
-    "ReLU modules": (lambda: variants.InMM(64, 64), 64, REVERSED, VARIANT),
-    "norms and ReLUs": (lambda: variants.InMM(64, 64, norm=True), 64, REVERSED, VARIANT),
-    "ReLU functions": (lambda: variants.WithReLUs(64, 64), 64, REVERSED, VARIANT),
-    "External-Attention": (lambda: variants.ExternalAttention(64), 64, NATURAL, VARIANT),
-    "External-Attention, mended": (
-        lambda: variants.ExternalAttentionMended(96, 2, S=3), 96, NATURAL, VARIANT,
-    ),
-    "BiRefNet": (lambda: variants.InBiRefNet(64), 64, NATURAL, VARIANT),
-    "two branches": (lambda: variants.Listed(6, 8, (3, 7), own_se=True), 6, REVERSED, VARIANT),
-    "linears": (lambda: variants.Listed(6, 8, (1, 3, 5), own_se=False), 6, REVERSED, VARIANT),
-}  # fmt: skip
 each_variant = pytest.mark.parametrize("name", VARIANTS)
-
-
-class Holder(nn.Module):
-    """Somebody's model, with a PSA module inside."""
-
-    def __init__(self, psa: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.ModuleDict({"psa": psa})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body["psa"](x)
-
-
-def holder(name: str) -> tuple[Holder, Tensor, str, type[nn.Module]]:
-    make, channels, order, kind = VARIANTS[name]
-    return Holder(make()), torch.randn(2, channels, 9, 6), order, kind
 
 
 @each_variant
@@ -240,6 +195,49 @@ def test_a_module_in_two_places_stays_one() -> None:
     assert model[0] is model[2]
 
 
+def test_branches_may_have_any_norm_and_mirrored_edges() -> None:
+    psa = variants.Official(64, 64, conv_groups=(1, 4, 8, 16))
+    psa.conv_1 = nn.Sequential(psa.conv_1, nn.GroupNorm(4, 16), nn.PReLU())
+    psa.conv_4.padding_mode = "reflect"
+    model, x = Holder(psa).double(), torch.randn(2, 64, 7, 8, dtype=torch.float64)
+    expected = model(x)
+    ef.fuse(model)
+    assert type(model.body["psa"]) is FusedPSAVariant
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_gate_in_float32_for_autocasts_sake_is_the_same_gate() -> None:
+    class InFloat(variants.Official):
+        def __init__(self) -> None:
+            super().__init__(64, 64)
+            self.softmax = _FloatSoftmax()
+
+    model = nn.Sequential(InFloat())
+    x = torch.randn(2, 64, 7, 8)
+    expected = model(x)
+    torch.testing.assert_close(ef.fuse(model)(x), expected)
+    assert type(model[0]) is ef.FusedPSAModule
+
+
+class _FloatSoftmax(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().softmax(1).to(x.dtype)
+
+
+def test_lazy_layers_elsewhere_are_no_hindrance() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
+    model = nn.Sequential(variants.Official(64, 64), nn.Sequential(lazy))
+    ef.fuse(model)
+    assert type(model[0]) is ef.FusedPSAModule
+
+
+def test_symbolic_tracing_takes_the_tail_as_a_whole() -> None:
+    for name in ("BiRefNet", "External-Attention, mended"):
+        model, x, order, _ = holder(name)
+        ef.fuse(model.eval(), order=order)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_a_psa_module_itself_is_replaced() -> None:
     psa = variants.Official(64, 64)
     fused = ef.fuse(psa)
@@ -267,6 +265,14 @@ def test_parametrised_weights_are_taken_along() -> None:
     assert type(model.body["psa"]) is ef.FusedPSAModule
 
 
+def test_the_seeds_of_accelerators_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError("torch.manual_seed sets the seed of every device")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    ef.fuse(Holder(variants.Official(64, 64)))
+
+
 def test_random_numbers_and_mode_of_the_user_stay() -> None:
     state = torch.random.get_rng_state()
     with torch.inference_mode():
@@ -280,88 +286,6 @@ def test_random_numbers_and_mode_of_the_user_stay() -> None:
         ef.fuse(Holder(made))
     torch.testing.assert_close(torch.rand(3), first, rtol=0, atol=0)
     assert not model.training
-
-
-# What is left alone, and why.
-
-
-def replaced_forward() -> nn.Module:
-    psa = variants.Official(64, 64)
-    psa.forward = lambda x: x
-    return psa
-
-
-def hooked_se() -> nn.Module:
-    psa = variants.Official(64, 64)
-    psa.se.register_forward_hook(lambda *_: None)
-    return psa
-
-
-def compiled() -> nn.Module:
-    psa = variants.Official(64, 64)
-    psa.compile()
-    return psa
-
-
-def of_one_size() -> nn.Module:
-    class OfOneSize(variants.Official):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.view(-1, 64, 7, 7))
-
-    return OfOneSize(64, 64)
-
-
-def with_dropout() -> nn.Module:
-    class WithDropout(variants.Official):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(nn.functional.dropout(x, 0.5, self.training))
-
-    return WithDropout(64, 64)
-
-
-def detached() -> nn.Module:
-    """The same numbers, but another training: no gradient goes through the attention."""
-
-    class Detached(variants.SE):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.detach())
-
-    return variants.Official(64, 64, se=Detached)
-
-
-def meta() -> nn.Module:
-    with torch.device("meta"):
-        return variants.Official(64, 64)
-
-
-LEFT_ALONE = {
-    "softmax over channels": (lambda: variants.SoftmaxOverChannels(64, 64), "something else"),
-    "another gate": (
-        lambda: variants.Official(64, 64, se=variants.SEOfHardSigmoids), "something else",
-    ),
-    "the other order": (lambda: variants.InOrder(64, 64), "order='natural' takes it"),
-    "dropout": (with_dropout, "something else"),
-    "detached": (detached, "something else"),
-    "one size": (of_one_size, "can't be run on noise: RuntimeError: shape"),
-    "replaced forward": (replaced_forward, "its forward was replaced"),
-    "hooks in the SE": (hooked_se, "se has hooks"),
-    "compiled": (compiled, "it is compiled"),
-    "meta": (meta, "meta device"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LEFT_ALONE)
-def test_left_alone_and_named(name: str) -> None:
-    make, reason = LEFT_ALONE[name]
-    psa = make()
-    model = nn.Sequential(variants.Official(64, 64), psa)
-    with pytest.warns(UserWarning) as caught:
-        ef.fuse(model)
-    [message] = [str(w.message) for w in caught]
-    assert message.startswith(f"fuse: 1 ({type(psa).__name__}) is left alone: ")
-    assert reason in message
-    assert model[1] is psa
-    assert type(model[0]) is ef.FusedPSAModule
 
 
 @pytest.mark.parametrize(
