@@ -61,11 +61,14 @@ class EPSABlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
+        self.drop_path: nn.Module | None = None  # what to do to the residual before it is added
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn3(self.conv3(self._psa(out)))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
         return self.relu(out + identity)
 
     def _psa(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from networks import calibrate
 from rewrites import all_on, assert_same
 from timm.data import resolve_data_config
+from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -177,6 +178,21 @@ def test_an_unknown_pooling_changes_nothing(trained: nn.Module, pool: Any) -> No
     assert before == (
         trained.global_pool, trained.fc, trained.num_classes, trained.head_hidden_size,
     )  # fmt: skip
+
+
+def test_drop_path_skips_blocks_in_training_the_last_most_often(images: Tensor) -> None:
+    model = small(drop_path_rate=0.5)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2])
+    assert list(model.state_dict()) == list(small().state_dict())
+    plain = small()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), plain.eval()(images))
+        block = model.layer4[0].train()
+        block.drop_path.drop_prob = 1 - 1e-9  # as good as always
+        features = torch.rand(2, 1024, 4, 4)
+        torch.testing.assert_close(block(features), F.relu(block.downsample(features)))
 
 
 def test_drop_rate_is_for_training(images: Tensor) -> None:

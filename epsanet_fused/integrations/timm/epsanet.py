@@ -7,7 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier, get_device_dtype, get_norm_layer, is_scriptable
+from timm.layers import (
+    DropPath,
+    create_classifier,
+    get_device_dtype,
+    get_norm_layer,
+    is_scriptable,
+)
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -36,6 +42,8 @@ class EPSANet(models.EPSANet):
         global_pool: "avg", "max", "avgmax" or "catavgmax", or timm's other way to compute it,
             "fastavg" and so on; "" for none.
         drop_rate: the share of features before the classifier that are dropped in training.
+        drop_path_rate: the share of samples for which the last block is skipped in training; it
+            rises from 0 in the first.
         norm_layer: makes a normalisation from a channel count, or is timm's name of one.
         device, dtype: where, and in which dtype, the parameters are made.
         **options: ``planes``, ``conv_kernels``, ``conv_groups``, ``reduction`` and ``fused``, as
@@ -53,6 +61,7 @@ class EPSANet(models.EPSANet):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         norm_layer: NormLayer | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -62,6 +71,11 @@ class EPSANet(models.EPSANet):
         with torch.device(device or torch.get_default_device()):
             super().__init__(block, layers, **options)
         self.to(dtype=dtype)
+        blocks = [block for stage in STAGES for block in getattr(self, stage)]
+        if drop_path_rate:
+            rates = torch.linspace(0, drop_path_rate, len(blocks), device="cpu").tolist()
+            for each, rate in zip(blocks, rates, strict=True):
+                each.drop_path = DropPath(rate)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
