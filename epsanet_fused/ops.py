@@ -175,19 +175,6 @@ def _fake_backward(
     )
 
 
-# To ONNX's exporter the operator is a composition of plain ones. It finds it in torch's table of
-# decompositions, where fake tensors would take it, too, if the operator had no entry as a fake.
-torch._decomp.register_decomposition(torch.ops.epsanet_fused.psa_tail.default, type="meta")(
-    _fake_forward
-)
-
-
-@torch._decomp.register_decomposition(torch.ops.epsanet_fused.psa_tail.default)
-def _decomposed(branches, *rest):
-    *arguments, _backend = rest
-    return reference.forward(branches, *arguments)
-
-
 def _setup_context(ctx, inputs, output):
     branches, *fc, scale, shift, relu, backend = inputs
     _, squeeze, attention = output

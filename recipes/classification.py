@@ -214,7 +214,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     val_batches = EvaluationBatches(len(val), dealt.micro, world)
     val_loader = make_loader(val, val_batches, args.workers, world)
     options = {k: v for k, v in vars(args).items() if k not in ELSEWHERE}
-    options["micro_batch"] = dealt.micro
+    options |= {"micro_batch": dealt.micro, "classes": data.classes}
     record = Record(args.out, world, args.model, options, args.resume)
     model = build(args, len(data.classes))
     if args.weights:
@@ -244,7 +244,9 @@ def evaluate_only(args: argparse.Namespace, world: World) -> None:
     val = load_val(args.data, args.image_size)
     model = build(args, len(val.classes))
     option, path = ("--weights", args.weights) if args.weights else ("--resume", args.resume)
-    load_weights(model, path, option)
+    rest = load_weights(model, path, option)
+    if rest.get("options", {}).get("classes", val.classes) != val.classes:
+        raise InputError(f"{option} {path} was trained on other classes than {val.root} has")
     model.to(world.device, memory_format=memory_format(args))
     batches = EvaluationBatches(len(val), max(1, args.batch_size // world.size), world)
     result = evaluate(args, model, make_loader(val, batches, args.workers, world), world)

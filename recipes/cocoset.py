@@ -41,11 +41,12 @@ class Truth(NamedTuple):
         return sorted(self.coco.cats)
 
 
-def read_truth(path: Path, folder: Path) -> Truth:
+def read_truth(path: Path, folder: Path, masks: bool) -> Truth:
     """Read a file of annotations, and see that it is whole and that its images are there.
 
     Annotations are numbered anew from 1, as pycocotools takes number 0 for none; without "iscrowd"
-    they aren't a crowd, without "area" they have their box's.
+    they aren't a crowd, without "area" they have their box's. Without ``masks`` they lose their
+    segmentations, most of the memory of a large set.
 
     Raises:
         InputError: if a file is missing, a field is, or an id that another entry refers to.
@@ -57,13 +58,18 @@ def read_truth(path: Path, folder: Path) -> Truth:
     _check_fields(path, content)
     for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        annotation["iscrowd"] = annotation.get("iscrowd") or 0
+        if annotation.get("area") is None:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        if not masks:
+            annotation.pop("segmentation", None)
     coco = COCO()
     coco.dataset = content
     with redirect_stdout(io.StringIO()):
         coco.createIndex()
     _check_references(path, coco)
+    if masks:
+        _check_segmentations(path, coco)
     names = [image["file_name"] for image in coco.imgs.values()]
     if missing := [name for name in names if not (folder / name).is_file()]:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -80,7 +86,14 @@ def _check_fields(path: Path, content: Any) -> None:
         for place, entry in enumerate(content[kind]):
             if not isinstance(entry, dict) or not entry.keys() >= set(fields):
                 raise InputError(f"{path}: {kind}[{place}] must have {', '.join(fields)}")
+        ids = [entry["id"] for entry in content[kind] if "id" in fields]
+        if not (_all_of(int, ids) or _all_of(str, ids)):
+            raise InputError(f"{path}: the ids of {kind} must all be integers, or all strings")
     for place, image in enumerate(content["images"]):
+        if not isinstance(image["file_name"], str):
+            raise InputError(
+                f"{path}: images[{place}].file_name must be a string, got {image['file_name']!r}"
+            )
         if not all(isinstance(image[side], int) for side in ("width", "height")):
             raise InputError(
                 f"{path}: images[{place}] must have its width and height in pixels, got "
@@ -90,8 +103,12 @@ def _check_fields(path: Path, content: Any) -> None:
         if not _is_box(annotation["bbox"]):
             raise InputError(
                 f"{path}: annotations[{place}].bbox must be x, y, width and height, four numbers, "
-                f"got {annotation['bbox']}"
+                f"the last two not negative, got {annotation['bbox']}"
             )
+
+
+def _all_of(kind: type, values: list[Any]) -> bool:
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 def _is_box(value: Any) -> bool:
@@ -99,6 +116,7 @@ def _is_box(value: Any) -> bool:
         isinstance(value, list)
         and len(value) == 4
         and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+        and min(value[2:]) >= 0
     )
 
 
@@ -138,7 +156,7 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         masks: whether items have masks.
 
     Raises:
-        InputError: if there is no object, or one without the segmentation that masks are made of.
+        InputError: if there is no object.
         SampleError: from the items, if an image or a segmentation can't be read.
     """
 
@@ -150,8 +168,6 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         self.ids = list(self.objects)
         if not self.ids:
             raise InputError(f"{truth.path} must have objects to train on, and has none")
-        if masks:
-            _check_segmentations(truth.path, self.objects)
         self.transform = v2.Compose(
             [v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
         )
@@ -175,7 +191,10 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
 
     def _mask(self, annotation: dict[str, Any]) -> np.ndarray:
         try:
-            return self.truth.coco.annToMask(annotation)
+            mask = self.truth.coco.annToMask(annotation)
+            if mask.max(initial=0) > 1:  # compressed RLE whose runs end before the image does
+                raise ValueError("its runs don't fill the image")
+            return mask
         except Exception as error:  # whatever a library in C makes of a broken polygon
             raise SampleError(
                 f"{self.truth.path}: can't read annotations[{annotation['id'] - 1}].segmentation: "
@@ -200,13 +219,34 @@ def _clipped(box: list[float], image: dict[str, Any]) -> tuple[float, float, flo
     return max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
 
 
-def _check_segmentations(path: Path, objects: dict[Any, list[dict[str, Any]]]) -> None:
-    for annotation in (a for found in objects.values() for a in found):
-        if not annotation.get("segmentation"):
+def _check_segmentations(path: Path, coco: COCO) -> None:
+    """Each must be polygons, or RLE of its image: pycocotools makes of another what it finds."""
+    for place, annotation in enumerate(coco.dataset["annotations"]):
+        entry = coco.imgs[annotation["image_id"]]
+        if not _is_segmentation(annotation.get("segmentation"), entry["height"], entry["width"]):
             raise InputError(
-                f"{path}: annotations[{annotation['id'] - 1}] must have a segmentation to train "
-                f"masks on, polygons or RLE"
+                f"{path}: annotations[{place}] must have a segmentation to train and evaluate "
+                f"masks on: polygons of six numbers or more, or RLE of {entry['height']} x "
+                f"{entry['width']} pixels"
             )
+
+
+def _is_segmentation(value: Any, height: int, width: int) -> bool:
+    if isinstance(value, list):
+        return len(value) > 0 and all(_is_polygon(each) for each in value)
+    if not isinstance(value, dict) or value.get("size") != [height, width]:
+        return False
+    counts = value.get("counts")
+    if isinstance(counts, list):
+        return (
+            _all_of(int, counts) and min(counts, default=0) >= 0 and sum(counts) == height * width
+        )
+    return isinstance(counts, str)
+
+
+def _is_polygon(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+    return numbers and len(value) >= 6 and len(value) % 2 == 0
 
 
 class EvaluationSet(Dataset[tuple[Tensor, Any]]):

@@ -48,6 +48,7 @@ from processes import (
     run,
 )
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from training import Means, Record, Trainer, autocast, load_weights, progress_bar
 
@@ -73,6 +74,8 @@ LOSSES = {
 # At its highest, for batches of 16.
 LEARNING_RATES = {"fasterrcnn": 0.02, "retinanet": 0.01, "maskrcnn": 0.02}
 WARMUP_START = 0.001  # of the learning rate
+# What says where the boxes are: in 16 bits, as --amp would have them, pixel 1000 is 1000 +- 4.
+EXACT = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "head")
 CHECK_EVERY = 20  # steps from one look at the loss to the next: each waits for the device
 # What a run's numbers don't hang on, or hang on through the micro-batch alone.
 ELSEWHERE = {
@@ -86,7 +89,7 @@ def build(args: argparse.Namespace, truth: Truth) -> nn.Module:
     """The detector for the categories of a set, its backbone with the weights of --weights."""
     torch.manual_seed(mix(args.seed))
     try:
-        return DETECTORS[args.detector](
+        model = DETECTORS[args.detector](
             arch=args.model,
             num_classes=1 + len(truth.categories),
             weights_backbone=args.weights,
@@ -98,6 +101,14 @@ def build(args: argparse.Namespace, truth: Truth) -> nn.Module:
         if args.weights is None:
             raise
         raise InputError(f"--weights {args.weights}: {first_line(error)}") from None
+    for name, module in model.named_modules():
+        if name in EXACT:
+            module.register_forward_hook(_in_float32)
+    return model
+
+
+def _in_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return tree_map(lambda t: t.float() if isinstance(t, Tensor) else t, outputs)
 
 
 def memory_format(args: argparse.Namespace) -> torch.memory_format:
@@ -121,7 +132,8 @@ def read(args: argparse.Namespace, part: str, world: World) -> Truth:
     """The annotations of the part "train" or "val"."""
     path = args.data / getattr(args, f"{part}_annotations")
     world.say(f"reading {path}")
-    return read_truth(path, args.data / getattr(args, f"{part}_images"))
+    images = args.data / getattr(args, f"{part}_images")
+    return read_truth(path, images, masks=args.detector == "maskrcnn")
 
 
 def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[tuple[Any, ...], ...]:
@@ -221,6 +233,8 @@ def make_trainer(args: argparse.Namespace, model: nn.Module, world: World) -> Tr
 def train(args: argparse.Namespace, world: World) -> None:
     truth, val = read(args, "train", world), read(args, "val", world)
     check_categories(truth, val)
+    average_precision(val.coco, {"box": []})  # what can't be scored is to show before an epoch
+    EvaluationSet(val)
     data = TrainingSet(truth, masks=args.detector == "maskrcnn")
     world.say(f"training on {len(data)} images, evaluating on {len(val.coco.imgs)}")
     dealt = TrainingBatches(len(data), args.batch_size, world, args.seed, args.accumulate)

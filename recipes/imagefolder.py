@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from processes import InputError, SampleError, first_line
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import pil_loader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -57,6 +57,11 @@ def _load(data: Path, part: str, geometry: list[object]) -> ImageFolder:
 def read_image(path: str) -> Image.Image:
     """An image file in RGB; a SampleError that names the file if it is broken."""
     try:
-        return pil_loader(path)
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # which Pillow would clip, not scale
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its pixels are of mode {image.mode}, of no known range")
+            return image.convert("RGB")
     except Exception as error:  # broken files raise errors of many types
         raise SampleError(f"can't read the image {path}: {first_line(error)}") from None

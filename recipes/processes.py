@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -24,6 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+# For the first process while it works alone, such as at COCO's evaluation.
+PATIENCE = timedelta(hours=2)
 
 
 class RunError(Exception):
@@ -87,7 +91,9 @@ def run(program: str, body: Callable[[], None]) -> int:
         if (reason := reason_of(error)) is None:
             raise
         if _rank() == 0 or not reason.everywhere:
-            print(f"{program}: {reason}", file=sys.stderr, flush=True)
+            # The first process's bar may be open in the same terminal.
+            start = "" if reason.everywhere else "\n"
+            print(f"{start}{program}: {reason}", file=sys.stderr, flush=True)
         return reason.status
     finally:
         _stopped.clear()
@@ -173,7 +179,9 @@ def joined(device: str | None) -> Iterator[World]:
     if size > 1:
         # Bound to its device: NCCL needn't guess which one it is.
         bound = own if own.type == "cuda" else None
-        dist.init_process_group("gloo" if bound is None else "nccl", device_id=bound)
+        dist.init_process_group(
+            "gloo" if bound is None else "nccl", device_id=bound, timeout=PATIENCE
+        )
     yield World(rank, size, own)
     # After a failure others may wait for this process in vain, and it for them: it just exits.
     if size > 1:

@@ -12,6 +12,7 @@ import csv
 import io
 import math
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -252,6 +253,10 @@ def load_weights(model: nn.Module, path: Path, option: str) -> dict[str, Any]:
     """``ef.load_checkpoint``, with an InputError that names the option for whatever goes wrong."""
     try:
         return ef.load_checkpoint(model, path)
+    except pickle.UnpicklingError:  # torch's own advice is to run what is in there
+        raise InputError(
+            f"{option} {path} is torn, or holds more than tensors and plain values"
+        ) from None
     except Exception as error:  # a torn file raises errors of many types
         raise InputError(f"{option} {path}: {first_line(error)}") from None
 
@@ -306,11 +311,23 @@ class Record:
             self.best = float(rest["best_prec1"])
         else:
             notes.append("it has no best score, which starts anew")
+        if not (self.folder / "model_best.pth.tar").exists() and self.best > -math.inf:
+            notes.append(
+                f"its best score, {self.best:.4f}, has no model_best.pth.tar in {self.folder}, "
+                f"which gets one when that is exceeded"
+            )
         if "log" in rest:
             self.rows = list(rest["log"])
         else:
             notes.append(f"it has no log, which begins with epoch {self.epoch + 1}")
-        notes += _differences(rest.get("options"), self.options)
+        before = rest.get("options")
+        for name in _AGREE:
+            if before is not None and before.get(name) != self.options.get(name):
+                raise InputError(
+                    f"--resume {path} was trained on the {name} {_some(before.get(name))}, and the "
+                    f"data have {_some(self.options.get(name))}"
+                )
+        notes += _differences(before, self.options)
         self.world.say(f"resuming {path} after epoch {self.epoch}")
         for note in notes:
             self.world.say(f"resuming: {note}")
@@ -326,7 +343,8 @@ class Record:
         """
         epoch = self.epoch + 1
         self.rows.append({"epoch": epoch, **row})
-        is_best, self.best = score > self.best, max(score, self.best)
+        if is_best := score > self.best:  # NaN never is
+            self.best = score
         if self.world.is_first:
             try:
                 self._write(trainer, epoch, is_best)
@@ -365,6 +383,16 @@ class Record:
                 advice = f"to go on after epoch {self.epoch}, add --resume {self.checkpoint}"
             reason.args = (f"{reason}; {advice}",)
             raise reason from None
+
+
+# What a checkpoint and the data must have in common.
+_AGREE = ("classes", "categories")
+
+
+def _some(values: Sequence[Any] | None) -> str:
+    values = [] if values is None else values
+    more = f", ... ({len(values)})" if len(values) > 6 else ""
+    return f"{', '.join(map(str, values[:6])) or 'none'}{more}"
 
 
 def _csv(rows: Sequence[Row]) -> bytes:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,15 +96,21 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def chosen() -> str:
-    """The name that the user asked for: "auto", unless told otherwise.
-
-    A TorchScript trace, and what the older ONNX exporter makes of one, is to run without this
-    package: it takes plain operators.
-    """
-    if torch.jit.is_tracing():
+    """The name that the user asked for: "auto", unless told otherwise."""
+    if _leaves_the_package():
         return "reference"
     _check_name(_chosen, f"the environment variable {ENV}")
     return _chosen
+
+
+def _leaves_the_package() -> bool:
+    """Whether a TorchScript trace or an ONNX file is being made, which are to run without it."""
+    if torch.jit.is_tracing():
+        return True
+    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+_leaves_the_package._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as with prefers_norm, below
 
 
 def resolve(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> Any:

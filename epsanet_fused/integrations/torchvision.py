@@ -34,7 +34,7 @@ from torch import Tensor, nn
 try:
     from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
-    from torchvision.ops import FrozenBatchNorm2d
+    from torchvision.ops import FrozenBatchNorm2d as _FrozenBatchNorm2d
     from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 except ImportError as error:
     raise ImportError(
@@ -52,6 +52,14 @@ from epsanet_fused.models import (
 )
 
 StrPath = str | os.PathLike[str]
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm2d):
+    """torchvision's, in the dtype of its input, which under autocast torchvision's is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
 
 ARCHS: dict[str, Callable[..., EPSANet]] = {
     build.__name__: build for build in (epsanet50, epsanet101, epsanet50_large, epsanet101_large)

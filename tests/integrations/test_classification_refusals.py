@@ -12,6 +12,8 @@ import torch
 from datasets import write_digits
 from recipe_runs import recipe
 
+import epsanet_fused as ef
+
 SMALL = ("--image-size", 32, "--workers", 0, "--batch-size", 4, "--device", "cpu")
 
 
@@ -105,13 +107,23 @@ def test_values(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
 
 def test_a_file_that_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
     (path := tmp_path / "file").write_bytes(b"no checkpoint")
-    refused(f"--weights {path}: ", data, "--weights", path, "--out", tmp_path / "out", *SMALL)
+    arguments = ("--weights", path, "--out", tmp_path / "out", *SMALL)
+    refused(f"--weights {path} is torn, or holds more than tensors", data, *arguments)
 
 
 def test_weights_of_another_network(data: Path, tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, path := tmp_path / "file")
     arguments = ("--resume", path, "--out", tmp_path / "out")
     refused("does not fit the model: missing bn1.weight", data, *arguments, *SMALL)
+
+
+def test_a_checkpoint_of_other_classes(data: Path, tmp_path: Path) -> None:
+    model = ef.epsanet50(num_classes=len(list((data / "val").iterdir())))
+    state = {"state_dict": model.state_dict(), "epoch": 1, "options": {"classes": ["cat", "dog"]}}
+    torch.save(state, path := tmp_path / "file")
+    refused("was trained on other classes", data, "--eval", "--resume", path, *SMALL)
+    arguments = ("--resume", path, "--out", tmp_path / "out", *SMALL)
+    refused("was trained on the classes cat, dog, and the data have", data, *arguments)
 
 
 def test_the_folder_of_another_run(data: Path, tmp_path: Path) -> None:

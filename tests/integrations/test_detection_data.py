@@ -14,7 +14,8 @@ import torch
 from coco_set import DIGIT, DISC, TRIANGLE, annotations_of, write_coco
 from cocoscores import average_precision, results_of
 from cocoset import EvaluationSet, TrainingSet, Truth, check_categories, read_truth
-from detection import learning_rate, parse_arguments
+from detection import build, learning_rate, parse_arguments
+from imagefolder import read_image
 from PIL import Image
 from processes import InputError, SampleError, Seeded
 
@@ -30,9 +31,9 @@ def data(tmp_path: Path) -> Path:
     return write_coco(tmp_path / "data", train=5, val=2)
 
 
-def truth_of(data: Path, part: str = "train") -> Truth:
+def truth_of(data: Path, part: str = "train", masks: bool = True) -> Truth:
     path = data / "annotations" / f"instances_{part}2017.json"
-    return read_truth(path, data / f"{part}2017")
+    return read_truth(path, data / f"{part}2017", masks)
 
 
 def unflipped(data: Path) -> TrainingSet:
@@ -173,6 +174,10 @@ def put(kind: str, field: str, value: Any) -> Spoil:
         (put("annotations", "category_id", 91), r"\[1\].category_id is 91, which no entry of cat"),
         (put("annotations", "image_id", 5), r"\[1\].image_id is 5, which no entry of images has"),
         (put("images", "id", 1000), "the ids of images must all be different"),
+        (put("images", "id", [1]), "the ids of images must all be integers, or all strings"),
+        (put("categories", "id", "a"), "the ids of categories must all be integers, or all"),
+        (put("images", "file_name", 5), r"images\[1\].file_name must be a string, got 5"),
+        (put("annotations", "bbox", [1, 2, -3, 4]), r"bbox must be .* got \[1, 2, -3, 4\]"),
         (put("images", "file_name", "no.jpg"), "names the image .*train2017/no.jpg, which isn't"),
     ],
 )
@@ -204,12 +209,12 @@ def test_area_and_iscrowd_may_be_missing(data: Path) -> None:
     assert averages["mask_AP"] == pytest.approx(100)
 
 
-def edited(data: Path, edit: Callable[[dict[str, Any]], Any]) -> Truth:
+def edited(data: Path, edit: Callable[[dict[str, Any]], Any], masks: bool = True) -> Truth:
     path, content = annotations_of(data, "train")
     for annotation in content["annotations"]:
         edit(annotation)
     path.write_text(json.dumps(content))
-    return truth_of(data)
+    return truth_of(data, masks=masks)
 
 
 def test_nothing_to_train_on(data: Path) -> None:
@@ -220,17 +225,32 @@ def test_nothing_to_train_on(data: Path) -> None:
         EvaluationSet(crowds)
 
 
-def test_masks_need_segmentations(data: Path) -> None:
-    boxes = edited(data, lambda a: a.pop("segmentation"))
+def test_without_masks_segmentations_are_neither_needed_nor_kept(data: Path) -> None:
+    truth = truth_of(data, masks=False)
+    assert not any("segmentation" in annotation for annotation in truth.coco.anns.values())
+    edited(data, lambda a: a.pop("segmentation"), masks=False)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None, [], [["a", "b"]], [[1, 2, 3, 4]], {"size": [80, 96], "counts": [3, 4]},
+        {"size": [96, 80], "counts": [96 * 80]}, {"size": [80, 96], "counts": [-1, 80 * 96 + 1]},
+    ],
+)  # fmt: skip
+def test_masks_need_segmentations(data: Path, segmentation: Any) -> None:
     with pytest.raises(InputError, match=r"annotations\[0\] must have a segmentation"):
-        TrainingSet(boxes, masks=True)
-    assert "masks" not in TrainingSet(boxes, masks=False)[0][1]
+        edited(data, lambda a: a.update(segmentation=segmentation))
 
 
-def test_a_segmentation_that_is_none(data: Path) -> None:
-    train = TrainingSet(edited(data, lambda a: a.update(segmentation=[["a", "b"]])), masks=True)
-    with pytest.raises(SampleError, match=r"can't read annotations\[0\].segmentation"):
-        train[0]
+def test_compressed_runs_that_end_too_early(data: Path) -> None:
+    path, content = annotations_of(data, "train")
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = {"size": sizes[annotation["image_id"]], "counts": "34"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(SampleError, match=r"can't read annotations\[\d+\].segmentation"):
+        TrainingSet(truth_of(data), masks=True)[0]
 
 
 def test_an_image_of_another_size(data: Path) -> None:
@@ -247,3 +267,28 @@ def test_categories_that_differ(data: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="must have the same categories; only one of them has 91"):
         check_categories(truth_of(data), truth_of(data, "val"))
+
+
+@pytest.mark.parametrize("detector", ["fasterrcnn", "retinanet", "maskrcnn"])
+def test_mixed_precision_leaves_the_boxes_whole(data: Path, tmp_path: Path, detector: str) -> None:
+    """In 16 bits there are no odd pixels beyond 256."""
+    args = parse_arguments([str(data), "--detector", detector, "--min-size", "320"])
+    model = build(args, truth_of(data)).eval()
+    model.score_thresh = 0.0  # RetinaNet's
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        [found] = model([torch.rand(3, 320, 480)])
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    boxes = found["boxes"][found["boxes"] > 256]
+    assert len(boxes) > 0
+    assert not torch.equal(boxes, boxes.bfloat16().float())
+
+
+def test_sixteen_bits_of_gray_are_scaled(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pixels = np.asarray(read_image(str(tmp_path / "ramp.png")))
+    assert pixels.shape == (16, 16, 3)
+    assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(SampleError, match=r"can't read the image .*float\.tiff: its pixels"):
+        read_image(str(tmp_path / "float.tiff"))

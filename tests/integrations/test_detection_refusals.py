@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from coco_set import write_coco
+from coco_set import annotations_of, write_coco
 from recipe_runs import recipe
 
 SMALL = ("--detector", "retinanet", "--min-size", 64, "--max-size", 96, "--device", "cpu")
@@ -69,6 +70,15 @@ def test_data(spoil: Callable[[Path], None], message: str, data: Path, tmp_path:
 )
 def test_arguments(arguments: list[object], message: str, data: Path, tmp_path: Path) -> None:
     refused(message, data, "--out", tmp_path / "out", *SMALL, *arguments)
+
+
+def test_what_cannot_be_scored_is_said_before_an_epoch(data: Path, tmp_path: Path) -> None:
+    path, content = annotations_of(data, "val")
+    path.write_text(json.dumps(content | {"annotations": []}))
+    done = recipe("detection.py", data, "--out", tmp_path / "out", *SMALL)
+    assert done.returncode == 2
+    assert "val2017.json must have objects to evaluate on" in done.stderr
+    assert "epoch" not in done.stderr
 
 
 def test_weights_that_are_none(data: Path, tmp_path: Path) -> None:

@@ -102,7 +102,10 @@ class EPSANet(models.EPSANet):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the backward computes the inside of each block again instead of keeping it."""
+        """Whether the backward computes the inside of each block again instead of keeping it.
+
+        In training it moves the norms' running statistics twice, as in all of timm's networks.
+        """
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
