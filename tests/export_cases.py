@@ -34,6 +34,11 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 DYNAMIC = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
 
 
+def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(model, (x,), dynamic_shapes=DYNAMIC)
+
+
 def other_inputs(x: Tensor) -> list[Tensor]:
     """Inputs of other batches and sizes, one image among them.
 

@@ -1,26 +1,18 @@
-"""A model leaves Python by torch.export, AOTInductor and TorchScript, with its numbers."""
+"""A model leaves Python by torch.export and TorchScript, with its numbers."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from export_cases import CASES, DYNAMIC, module, other_inputs
-from torch import nn
+from export_cases import CASES, exported, other_inputs
 
 import epsanet_fused as ef
 
 OPERATOR = torch.ops.epsanet_fused.psa_tail.default
 each_case = pytest.mark.parametrize("case", CASES)
-
-
-def exported(model: nn.Module, x: torch.Tensor) -> torch.export.ExportedProgram:
-    with torch.no_grad():
-        return torch.export.export(model, (x,), dynamic_shapes=DYNAMIC)
 
 
 def operators(program: torch.export.ExportedProgram) -> list[object]:
@@ -79,44 +71,3 @@ def test_compiles_without_a_graph_break(case: str) -> None:
     with torch.no_grad():
         for other in other_inputs(x):
             torch.testing.assert_close(compiled(other), model(other))
-
-
-RUN_PACKAGE = """
-import sys, warnings
-import torch
-warnings.simplefilter("ignore")
-{first}
-run = torch._inductor.aoti_load_package(sys.argv[1])
-inputs, expected = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    for x, y in zip(inputs, expected):
-        torch.testing.assert_close(run(x), y)
-print("epsanet_fused" in sys.modules)
-"""
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_an_aotinductor_package_runs_in_another_process(backend: str, tmp_path: Path) -> None:
-    """With the operator it needs this package there; exported by "reference" it needs none."""
-    model, x = module()
-    with ef.use_backend(backend):
-        program = exported(model, x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Inductor
-        package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
-    inputs = other_inputs(x)
-    with torch.no_grad():
-        torch.save((inputs, [model(t) for t in inputs]), tmp_path / "cases.pt")
-    first = "import epsanet_fused" if backend == "auto" else ""
-    command = [
-        sys.executable,
-        "-c",
-        RUN_PACKAGE.format(first=first),
-        package,
-        tmp_path / "cases.pt",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(backend == "auto")]

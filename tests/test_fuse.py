@@ -19,6 +19,8 @@ import epsanet_fused as ef
 from epsanet_fused.variants import FusedPSAVariant
 
 each_variant = pytest.mark.parametrize("name", VARIANTS)
+# Without the one that takes seconds to be looked at.
+each_light_variant = pytest.mark.parametrize("name", [n for n in VARIANTS if n != "2048 to 64"])
 
 
 @each_variant
@@ -34,7 +36,7 @@ def test_same_numbers(name: str, training: bool) -> None:
     torch.testing.assert_close(model(x.clone()), expected, rtol=1e-10, atol=1e-12)
 
 
-@each_variant
+@each_light_variant
 def test_same_gradients(name: str) -> None:
     model, x, order, _ = holder(name)
     model.double()
@@ -64,7 +66,7 @@ def test_what_is_written_over_the_input_stays_written() -> None:
     torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-12)
 
 
-@each_variant
+@each_light_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_works_in_the_models_dtype(name: str, dtype: torch.dtype) -> None:
     model, x, order, _ = holder(name)
@@ -78,7 +80,7 @@ def test_works_in_the_models_dtype(name: str, dtype: torch.dtype) -> None:
     assert error < 3 * torch.finfo(dtype).eps
 
 
-@each_variant
+@each_light_variant
 def test_keeps_names_and_parameters(name: str) -> None:
     model, _, order, _ = holder(name)
     before = model.state_dict(keep_vars=True)
@@ -107,7 +109,7 @@ def test_any_list_of_branches(
     torch.testing.assert_close(ef.fuse(psa, order=order)(x), psa(x))
 
 
-@each_variant
+@each_light_variant
 def test_compiles_without_a_graph_break(name: str) -> None:
     model, x, order, _ = holder(name)
     ef.fuse(model.eval(), order=order)
