@@ -22,9 +22,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,15 @@ from processes import (
     mix,
     run,
 )
+from record import Record
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import Means, Record, Trainer, autocast, load_weights, progress_bar
+from training import Means, Trainer, autocast, load_weights, progress_bar
 
 import epsanet_fused as ef
 from epsanet_fused.checkpoint import read_checkpoint
+from epsanet_fused.models import ARCHITECTURES
 
-MODELS = ("epsanet50", "epsanet101", "epsanet50_large", "epsanet101_large")
-CHECK_EVERY = 20  # steps from one look at the loss to the next: each waits for the device
 # What a run's numbers don't hang on, or hang on through the micro-batch alone.
 ELSEWHERE = {"data", "out", "resume", "weights", "eval", "workers", "device", "accumulate"}
 Batch = tuple[Tensor, Tensor]
@@ -128,8 +127,7 @@ def train_epoch(
     args: argparse.Namespace, trainer: Trainer, loader: DataLoader[Batch], epoch: int
 ) -> dict[str, Any]:
     """One epoch; its row of the log, as far as training goes."""
-    world, start = trainer.world, time.perf_counter()
-    steps = len(loader) // args.accumulate
+    world = trainer.world
     means = Means(world, "loss", "top1")
     move = mover(args, world)
 
@@ -142,24 +140,15 @@ def train_epoch(
         )
         return loss
 
-    trainer.model.train()
-    loader.batch_sampler.epoch = epoch
-    batches = iter(loader)
-    with progress_bar(world, steps, f"epoch {epoch + 1}/{args.epochs}") as bar:
-        for step in range(steps):
-            for group in trainer.optimizer.param_groups:
-                group["lr"] = learning_rate(args, epoch, step, steps)
-            trainer.step((epoch, step), islice(batches, args.accumulate), mean_loss)
-            bar.update()
-            if step % CHECK_EVERY == 0 or step == steps - 1:
-                bar.set_postfix(loss=f"{means.finite('loss'):.4f}")
-    trainer.average_statistics()
+    speed = trainer.epoch(
+        epoch, args.epochs, loader, partial(learning_rate, args, epoch), mean_loss, means
+    )
     result = means.all()
     return {
         "lr": trainer.optimizer.param_groups[0]["lr"],
         "train_loss": result["loss"],
         "train_top1": result["top1"],
-        "images_per_s": round(steps * args.batch_size / (time.perf_counter() - start), 1),
+        "images_per_s": speed,
     }
 
 
@@ -262,7 +251,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     count = integer(1, 2**20)
     add("data", type=existing_folder, metavar="DATA", help="folder with train/ and val/")
-    add("--model", choices=MODELS, default="epsanet50", help="(epsanet50)")
+    add("--model", choices=ARCHITECTURES, default="epsanet50", help="(epsanet50)")
     add("--out", type=Path, default=Path("out"), help="folder of checkpoints and log.csv (out)")
     add("--epochs", type=count, default=120, help="(120)")
     add("--batch-size", type=count, default=256, help="images of a step, in all processes (256)")

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,18 @@ from processes import (
     mix,
     run,
 )
+from record import Record
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
-from training import Means, Record, Trainer, autocast, load_weights, progress_bar
+from training import Means, Trainer, autocast, load_weights, progress_bar
 
 from epsanet_fused.integrations.torchvision import (
-    ARCHS,
     fasterrcnn_epsanet50_fpn,
     maskrcnn_epsanet50_fpn,
     retinanet_epsanet50_fpn,
 )
+from epsanet_fused.models import ARCHITECTURES
 
 DETECTORS = {
     "fasterrcnn": fasterrcnn_epsanet50_fpn,
@@ -74,9 +75,8 @@ LOSSES = {
 # At its highest, for batches of 16.
 LEARNING_RATES = {"fasterrcnn": 0.02, "retinanet": 0.01, "maskrcnn": 0.02}
 WARMUP_START = 0.001  # of the learning rate
-# What says where the boxes are: in 16 bits, as --amp would have them, pixel 1000 is 1000 +- 4.
+# What says where the boxes are: in 16 bits, as --amp would have them, pixel 1100 is 1096 or 1104.
 EXACT = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "head")
-CHECK_EVERY = 20  # steps from one look at the loss to the next: each waits for the device
 # What a run's numbers don't hang on, or hang on through the micro-batch alone.
 ELSEWHERE = {
     "data", "train_images", "val_images", "train_annotations", "val_annotations",
@@ -145,8 +145,7 @@ def train_epoch(
     args: argparse.Namespace, trainer: Trainer, loader: DataLoader[Batch], epoch: int
 ) -> dict[str, Any]:
     """One epoch; its row of the log, as far as training goes."""
-    world, start = trainer.world, time.perf_counter()
-    steps = len(loader) // args.accumulate
+    world = trainer.world
     means = Means(world, "loss", *LOSSES[args.detector])
 
     def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -162,22 +161,11 @@ def train_epoch(
         means.add(len(images), **sums)
         return loss
 
-    trainer.model.train()
-    loader.batch_sampler.epoch = epoch
-    batches = iter(loader)
-    with progress_bar(world, steps, f"epoch {epoch + 1}/{args.epochs}") as bar:
-        for step in range(steps):
-            for group in trainer.optimizer.param_groups:
-                group["lr"] = learning_rate(args, epoch, step, steps)
-            trainer.step((epoch, step), islice(batches, args.accumulate), mean_loss)
-            bar.update()
-            if step % CHECK_EVERY == 0 or step == steps - 1:
-                bar.set_postfix(loss=f"{means.finite('loss'):.4f}")
-    return {
-        "lr": trainer.optimizer.param_groups[0]["lr"],
-        **means.all(),
-        "images_per_s": round(steps * args.batch_size / (time.perf_counter() - start), 1),
-    }
+    speed = trainer.epoch(
+        epoch, args.epochs, loader, partial(learning_rate, args, epoch), mean_loss, means
+    )
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    return {"lr": rate, **means.all(), "images_per_s": speed}
 
 
 @torch.no_grad()
@@ -291,7 +279,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         path = f"annotations/instances_{part}2017.json"
         add(f"--{part}-annotations", type=Path, default=path, help=f"in DATA ({path})")
     add("--detector", choices=DETECTORS, default="fasterrcnn", help="(fasterrcnn)")
-    add("--model", choices=ARCHS, default="epsanet50", help="its backbone (epsanet50)")
+    add("--model", choices=ARCHITECTURES, default="epsanet50", help="its backbone (epsanet50)")
     add("--out", type=Path, default=Path("out"), help="folder of checkpoints and log.csv (out)")
     add("--epochs", type=count, default=12, help="(12)")
     add("--batch-size", type=count, default=16, help="images of a step, in all processes (16)")

@@ -43,13 +43,7 @@ except ImportError as error:
     ) from error
 
 from epsanet_fused.checkpoint import check_fit, read_checkpoint
-from epsanet_fused.models import (
-    EPSANet,
-    epsanet50,
-    epsanet50_large,
-    epsanet101,
-    epsanet101_large,
-)
+from epsanet_fused.models import ARCHITECTURES, EPSANet
 
 StrPath = str | os.PathLike[str]
 
@@ -61,9 +55,6 @@ class FrozenBatchNorm2d(_FrozenBatchNorm2d):
         return super().forward(x).to(x.dtype)
 
 
-ARCHS: dict[str, Callable[..., EPSANet]] = {
-    build.__name__: build for build in (epsanet50, epsanet101, epsanet50_large, epsanet101_large)
-}
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _FPN_CHANNELS = 256
 
@@ -101,7 +92,8 @@ def epsanet_fpn_backbone(
         TypeError, ValueError: if an argument isn't one of these, or the weights don't fit.
     """
     _check(arch, weights, trainable_layers, list(returned_layers))
-    network = ARCHS[arch](num_classes=1, norm_layer=norm_layer)  # the classifier is dropped below
+    # The classifier is dropped below.
+    network = EPSANet(num_classes=1, norm_layer=norm_layer, **ARCHITECTURES[arch])
     if weights is not None:
         _load_trunk(network, weights)
     trainable = ("layer4", "layer3", "layer2", "layer1", "conv1", "bn1")
@@ -134,9 +126,9 @@ def _needed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check(
     arch: str, weights: StrPath | None, trainable_layers: int, returned_layers: list[int]
 ) -> None:
-    if arch not in ARCHS:
+    if arch not in ARCHITECTURES:
         raise ValueError(
-            f"epsanet_fpn_backbone: arch must be one of {', '.join(ARCHS)}, got {arch!r}"
+            f"epsanet_fpn_backbone: arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}"
         )
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
         raise TypeError(

@@ -19,12 +19,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import epsanet_fused as ef
 from epsanet_fused.integrations.torchvision import (
-    ARCHS,
     epsanet_fpn_backbone,
     fasterrcnn_epsanet50_fpn,
     maskrcnn_epsanet50_fpn,
     retinanet_epsanet50_fpn,
 )
+from epsanet_fused.models import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,7 +116,7 @@ def test_published_parameter_counts(
     assert round((with_norms - background) / 1e6, 2) == published
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_levels_of_every_arch(arch: str) -> None:
     backbone = epsanet_fpn_backbone(arch)
     levels = backbone(torch.randn(1, 3, 64, 96))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import record as records
 import torch
 import training
 from hypothesis import given
@@ -192,8 +193,8 @@ def test_means_are_over_samples() -> None:
         means.finite("loss")
 
 
-def make_record(folder: Path, resume: Path | None = None, **options: Any) -> training.Record:
-    return training.Record(folder, ALONE, "net", options, resume)
+def make_record(folder: Path, resume: Path | None = None, **options: Any) -> records.Record:
+    return records.Record(folder, ALONE, "net", options, resume)
 
 
 def test_the_best_is_kept_and_the_log_has_a_row_an_epoch(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_write_that_fails_leaves_what_a_resumed_run_needs(
     """The disk is full after some of an epoch's three files."""
     record, trainer = make_record(tmp_path), make_trainer()
     record.save(trainer, {"score": 1.0}, 1.0)
-    write, left = training.write_atomically, [None] * writes
+    write, left = records.write_atomically, [None] * writes
 
     def full(path: Path, data: bytes) -> None:
         if not left:
@@ -234,7 +235,7 @@ def test_a_write_that_fails_leaves_what_a_resumed_run_needs(
         left.pop()
         write(path, data)
 
-    monkeypatch.setattr(training, "write_atomically", full)
+    monkeypatch.setattr(records, "write_atomically", full)
     with pytest.raises(RunError, match="No space left"):
         record.save(trainer, {"score": 2.0}, 2.0)
     monkeypatch.undo()
