@@ -32,8 +32,9 @@ from environment import describe
 from inputs import STAGES, Settings, Source, Workload
 from memory import peak_extra_bytes
 from options import add_shared, finish_shared, positive_int
-from providers import PROVIDERS, RIVAL, Prepared, defaults
+from providers import PROVIDERS, Prepared, defaults
 from report import AXES, COLUMNS, label, plot, table, write_csv
+from rivals import rival_of
 
 import epsanet_fused as ef
 from epsanet_fused.backends import VARIANTS
@@ -49,7 +50,7 @@ Checked = tuple[dict[str, dict[str, object]], dict[str, Prepared]]
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = (parser := argparse.ArgumentParser(description=__doc__.split("\n")[0])).add_argument
-    add("--scope", choices=("tail", "norm", "module", "network"), default="tail",
+    add("--scope", choices=("tail", "norm", "module", "block", "network"), default="tail",
         help="norm: the tail and the BatchNorm2d and ReLU after it, in training")  # fmt: skip
     add("--mode", choices=tuple(NECESSARY), nargs="+", default=["inference"],
         help="training is forward and backward; of 16-bit modules in mixed precision")  # fmt: skip
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=positive_int, nargs="+", default=[8])
     add("--dtype", choices=("float32", "float16", "bfloat16"), nargs="+", default=["float32"])
     add("--layout", choices=("nchw", "channels_last", "best"), nargs="+", default=["nchw"],
-        help="best: for each provider of --scope network its faster one")  # fmt: skip
+        help="best: for each provider its faster one, where there are convolutions")  # fmt: skip
     add("--cache", choices=("warm", "cold"), nargs="+", default=["warm"],
         help="cold empties the last-level cache before each call")  # fmt: skip
     add("--providers", choices=tuple(PROVIDERS), nargs="+", help="default: all that can run here")
@@ -71,8 +72,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("argument --mode: backward by itself is timed for --scope tail only")
     if args.scope == "norm" and args.mode != ["training"]:
         parser.error("argument --mode: --scope norm is for training")
-    if args.scope != "network" and "best" in args.layout:
-        parser.error("argument --layout: best is for --scope network")
+    if args.scope in ("tail", "norm") and "best" in args.layout:
+        parser.error("argument --layout: best is for --scope module, block and network")
     if args.input == "photos" and importlib.util.find_spec("sklearn") is None:
         parser.error(
             "argument --input: photos needs scikit-learn, which isn't installed; install it, or "
@@ -109,7 +110,6 @@ class Bench:
         self.args = args
         self.device: torch.device = args.device
         self.rows: list[dict[str, object]] = []
-        self.source = Source(args.input, self.device)
         self.clocks: dict[str, Clock] = {
             cache: make_clock(self.device, cache == "cold") for cache in args.cache
         }
@@ -117,6 +117,8 @@ class Bench:
         reasons = {name: PROVIDERS[name].unavailable(self.device) for name in args.providers}
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
         self.names = [name for name in args.providers if name not in self.skipped]
+        rivals = dict.fromkeys(filter(None, map(rival_of, self.names)))
+        self.source = Source(args.input, self.device, rivals)
 
     def measure(self, settings: Settings, seconds: float) -> None:
         """Check every provider against the oracle, then time those that passed, interleaved."""
@@ -175,9 +177,8 @@ class Bench:
 
         Those that choose their layout themselves are there at the first attempt only.
         """
-        judges = {False: Judge(workload, settings)}
-        if any(name.startswith(RIVAL) for name in self.names):
-            judges[True] = Judge(workload.rival, settings)
+        judged = {None: workload, **workload.rivals}
+        judges = {name: Judge(work, settings) for name, work in judged.items()}
         rows: dict[str, dict[str, object]] = {}
         steps: dict[str, Prepared] = {}
         for name in self.names:
@@ -189,7 +190,7 @@ class Bench:
             try:
                 step = provider.prepare(workload, settings.mode, settings.autocast)
                 with ef.use_backend(step.choice):
-                    verdict = judges[name.startswith(RIVAL)].judge(step.step())
+                    verdict = judges[rival_of(name)].judge(step.step())
             except Exception as error:  # one broken provider must not take the others along
                 # Half a backend may not take every problem, and says so.
                 refused = name in VARIANTS and isinstance(error, ValueError)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rivals import RIVALS
 from torch import Tensor, nn
 
 import epsanet_fused as ef
@@ -100,26 +101,15 @@ class Workload:
     fused: nn.Module
     inputs: tuple[Tensor, ...]  # those that require a gradient get one in training
     output_bytes: int | None  # N, for the tail
-    rival: Workload | None = None  # for the network: ResNet-50, of the same code
-
-
-class ResNetBlock(ef.EPSABlock):
-    """The block that EPSANet's comes from: a 3x3 convolution where that has its PSA module."""
-
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, *args: Any, **options: Any):
-        super().__init__(inplanes, planes, stride, *args, **options)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
-
-
-def resnet50() -> nn.Module:
-    return ef.EPSANet(ResNetBlock, [3, 4, 6, 3])
+    rivals: Mapping[str, Workload] = field(default_factory=dict)  # other networks, by name
 
 
 class Source:
     """Makes workloads; the network that real activations come from is built once, when needed."""
 
-    def __init__(self, kind: str, device: torch.device) -> None:
+    def __init__(self, kind: str, device: torch.device, rivals: Iterable[str] = ()) -> None:
         self.device = device
+        self._rival_names = tuple(rivals)  # the networks to set beside ours
         self._photos = load_photos() if kind == "photos" else None
 
     def workload(self, settings: Settings) -> Workload:
@@ -127,6 +117,7 @@ class Source:
             "tail": self._tail,
             "norm": self._norm_tail,
             "module": self._module,
+            "block": self._block,
             "network": self._whole_network,
         }
         return make[settings.scope](settings)
@@ -139,7 +130,7 @@ class Source:
             branches = list(self._noise(4, *shape).unbind())
         else:
             with torch.no_grad():
-                branches = module.convolve(self._activations[settings.stage])
+                branches = module.convolve(self._activations[module])
         inputs = tuple(self._place(x, settings) for x in branches)
         se = copy.deepcopy(module.se).to(self.device, settings.torch_dtype)
         size = sum(x.numel() * x.element_size() for x in inputs)
@@ -152,25 +143,38 @@ class Source:
         return Workload(literal, fused, tail.inputs, None)
 
     def _module(self, settings: Settings) -> Workload:
-        module = self._place_weights(self._psa(settings.stage), settings)
+        module = self._psa(settings.stage)
         if self._photos is None:
             channels, size = STAGES[settings.stage]
             x = self._noise(settings.batch, channels, size, size)
         else:
-            x = self._activations[settings.stage]
-        fused = ef.FusedPSAModule.from_reference(module)
-        return Workload(module, fused, (self._place(x, settings),), None)
+            x = self._activations[module]
+        literal = self._place_weights(module, settings)
+        fused = ef.FusedPSAModule.from_reference(literal)
+        return Workload(literal, fused, (self._place(x, settings),), None)
+
+    def _block(self, settings: Settings) -> Workload:
+        """The stage's second block: a PSA module, what is around it, and a residual."""
+        block = self._blocks[settings.stage]
+        literal, fused = self._both(block, settings)
+        return Workload(literal, fused, (self._place(self._activations[block], settings),), None)
 
     def _whole_network(self, settings: Settings) -> Workload:
-        literal = self._place_weights(self._network, settings)
-        literal.train(settings.mode != "inference")
-        fused = copy.deepcopy(literal)
-        for block in (b for layer in _layers(fused) for b in layer):
-            block.conv2 = ef.FusedPSAModule.from_reference(block.conv2)
+        literal, fused = self._both(self._network, settings)
         images = (self._place(self._images(settings.batch), settings).requires_grad_(False),)
-        resnet = self._place_weights(self._resnet, settings).train(literal.training)
-        rival = Workload(resnet, resnet, images, None)
-        return Workload(literal, fused, images, None, rival)
+        rivals = {}
+        for name in self._rival_names:
+            network = self._place_weights(self._rivals[name], settings).train(literal.training)
+            rivals[name] = Workload(network, network, images, None)
+        return Workload(literal, fused, images, None, rivals)
+
+    def _both(self, model: nn.Module, settings: Settings) -> tuple[nn.Module, nn.Module]:
+        """A block or a network as it is, and with its PSA modules replaced."""
+        literal = self._place_weights(model, settings).train(settings.mode != "inference")
+        fused = copy.deepcopy(literal)
+        for block in [m for m in fused.modules() if isinstance(m, ef.EPSABlock)]:
+            block.conv2 = ef.FusedPSAModule.from_reference(block.conv2)
+        return literal, fused
 
     def _noise(self, *shape: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(SEED)
@@ -186,29 +190,34 @@ class Source:
         return calibrated(functools.partial(ef.epsanet50, fused=False), self._images(2).cpu())
 
     @functools.cached_property
-    def _resnet(self) -> nn.Module:
-        return calibrated(resnet50, self._images(2).cpu())
+    def _rivals(self) -> dict[str, nn.Module]:
+        return {name: calibrated(RIVALS[name], self._images(2).cpu()) for name in self._rival_names}
+
+    @property
+    def _blocks(self) -> dict[str, ef.EPSABlock]:
+        """The second block of each stage, the first with stride 1 throughout."""
+        network = self._network
+        layers = (network.layer1, network.layer2, network.layer3, network.layer4)
+        return {stage: layer[1] for stage, layer in zip(STAGES, layers, strict=True)}
 
     @functools.cached_property
-    def _activations(self) -> dict[str, Tensor]:
-        """What each stage's PSA module gets to see when the network looks at the photographs."""
-        seen: dict[str, Tensor] = {}
+    def _activations(self) -> dict[nn.Module, Tensor]:
+        """What these blocks and their PSA modules get to see when the network looks at images."""
+        modules = [m for block in self._blocks.values() for m in (block, block.conv2)]
+        seen: dict[nn.Module, Tensor] = {}
         hooks = [
-            self._psa(stage).register_forward_pre_hook(
-                lambda _, args, stage=stage: seen.update({stage: args[0]})
-            )
-            for stage in STAGES
+            m.register_forward_pre_hook(lambda m, args: seen.update({m: args[0]})) for m in modules
         ]
         with torch.no_grad():
-            self._network(self._images(2))
+            self._network(self._images(2).cpu())
         for hook in hooks:
             hook.remove()
         return seen
 
     def _psa(self, stage: str) -> ef.PSAModule:
-        """The PSA module of the stage's second block, the first with stride 1 throughout."""
+        """The PSA module of the stage's second block."""
         if self._photos is not None:
-            return _layers(self._network)[int(stage[1]) - 1][1].conv2
+            return self._blocks[stage].conv2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             return ef.PSAModule(STAGES[stage][0], STAGES[stage][0])
@@ -228,10 +237,6 @@ class Source:
 
 def _memory_format(settings: Settings) -> torch.memory_format:
     return torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
-
-
-def _layers(network: ef.EPSANet) -> list[nn.Sequential]:
-    return [network.layer1, network.layer2, network.layer3, network.layer4]
 
 
 def load_photos() -> Tensor:

@@ -97,7 +97,8 @@ def plan_convs(
 
     Every candidate is checked against the convolution as it is, then timed in turns with the
     others on the device, in the dtype and shape that ``example_input`` leads to. What was found
-    before on the same device, in the same versions of the libraries, isn't measured again.
+    before on the same device, in the same versions of the libraries, isn't measured again. Called
+    under autocast, it measures the convolutions in the dtype that autocast runs them in.
 
     Args:
         module: a PSA module, or a model that holds some. It is run once, in its own mode.
@@ -210,8 +211,11 @@ def _problem(
         last = not dense and x.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if last else torch.contiguous_format
     padding = PlannedConv(conv).padding  # in numbers
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
     return Problem(
-        x.device, training, x.dtype, memory_format, tuple(x.shape), conv.out_channels,
+        x.device, training, dtype, memory_format, tuple(x.shape), conv.out_channels,
         conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups,
     )  # fmt: skip
 
@@ -241,7 +245,9 @@ def candidates(problem: Problem) -> list[ConvPlan]:
 def fastest(problem: Problem) -> ConvPlan:
     """The plan that beats the convolution as it is by more than the measurement's error, or it."""
     own, *others = candidates(problem)
-    with torch.set_grad_enabled(problem.training):
+    # The dtypes here are chosen, the wide one above all.
+    no_autocast = torch.autocast(problem.device.type, enabled=False)
+    with torch.set_grad_enabled(problem.training), no_autocast:
         x, conv = problem.input(), problem.conv()
         wide = torch.promote_types(problem.dtype, torch.float32)
         true = _call(problem, copy.deepcopy(conv).to(wide), x.to(wide), own)()

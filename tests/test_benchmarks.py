@@ -82,7 +82,9 @@ def test_activations_from_photos_are_sane_and_depend_on_the_photo(bench):
         assert not torch.allclose(x[0], x[1])
 
 
-@pytest.mark.parametrize("scope, stages", [("module", ["S4"]), ("network", ["all"])])
+@pytest.mark.parametrize(
+    "scope, stages", [("module", ["S4"]), ("block", ["S4"]), ("network", ["all"])]
+)
 def test_module_and_network_scopes(scope, stages, tmp_path, bench, threads):
     main = bench("bench_psa")
     arguments = ["--scope", scope, "--input", "randn", "--stages", "S4", "--batch", "1",
@@ -93,6 +95,28 @@ def test_module_and_network_scopes(scope, stages, tmp_path, bench, threads):
     assert_sound(rows)
     assert [row["stage"] for row in rows] == 2 * stages
     assert not any(row["gbps"] for row in rows), "necessary bytes are known of the tail only"
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_block_is_timed_with_all_that_runs_it(mode, tmp_path, bench, threads, monkeypatch):
+    """Ours as it is, optimized and with merged groups, each in its better layout."""
+    monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
+    main = bench("bench_psa")
+    ours = {"inference": ["optimized"], "training": ["planned"]}[mode]
+    arguments = ["--scope", "block", "--mode", mode, "--input", "randn", "--stages", "S4",
+                 "--batch", "1", "--layout", "best", "--device", "cpu", "--out", str(tmp_path),
+                 "--reps", "1", "--providers", "eager", "fused", *ours]  # fmt: skip
+    assert main.run(main.parse(arguments)) == 0
+    rows = rows_of(tmp_path / "bench_psa.csv")
+    assert [row["provider"] for row in rows] == ["eager", "fused", *ours]
+    assert_sound(rows)
+
+
+@pytest.mark.parametrize("rival, parameters", [("resnet50", 25557032), ("seresnet50", 28088024)])
+def test_rivals_are_the_published_networks(rival, parameters, bench):
+    network = bench("rivals").RIVALS[rival]()
+    assert sum(p.numel() for p in network.parameters()) == parameters
 
 
 def test_a_wrong_result_is_never_timed(tmp_path, bench, threads, monkeypatch, capsys):
@@ -265,12 +289,14 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 
 def test_norm_scope_times_the_operator_against_its_parts(tmp_path, bench, threads):
     bench_psa = bench("bench_psa")
+    names = ["eager", "apart", "fused"]
+    assert set(names) <= set(bench("providers").defaults(torch.device("cpu"), "norm"))
     arguments = ["--scope", "norm", "--mode", "training", "--stages", "S4", "--batch", "2",
-                 "--reps", "5", "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
+                 "--reps", "5", "--device", "cpu", "--out", str(tmp_path), "--input", "randn",
+                 "--providers", *names]  # fmt: skip
     with torch.enable_grad():
         assert bench_psa.run(bench_psa.parse(arguments)) == 0
     rows = rows_of(tmp_path / "bench_psa.csv")
-    assert {"eager", "apart", "fused"} <= {row["provider"] for row in rows}
     assert_sound(rows)
     peak = {row["provider"]: int(row["peak_extra_bytes"]) for row in rows}
     assert peak["fused"] < peak["apart"] / 2
@@ -282,10 +308,12 @@ def test_network_scope_takes_everyones_best_layout(tmp_path, bench, threads, mon
     monkeypatch.setattr(inference, "SECONDS", 0.0)
     monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    monkeypatch.setattr(bench("inputs"), "IMAGE_SIZE", 64)
     bench_psa = bench("bench_psa")
-    providers = ["eager", "optimized", "resnet50:eager", "resnet50:optimized"]
+    providers = ["eager", "optimized", "resnet50:eager", "resnet50:optimized", "seresnet50:eager"]
     arguments = ["--scope", "network", "--batch", "1", "--layout", "best", "--reps", "1",
-                 "--device", "cpu", "--out", str(tmp_path), "--providers", *providers]  # fmt: skip
+                 "--input", "randn", "--device", "cpu", "--out", str(tmp_path),
+                 "--providers", *providers]  # fmt: skip
     assert bench_psa.run(bench_psa.parse(arguments)) == 0
     rows = rows_of(tmp_path / "bench_psa.csv")
     assert [row["provider"] for row in rows] == providers

@@ -145,6 +145,24 @@ def test_what_is_known_is_not_measured_again(monkeypatch, tmp_path):
     assert len(json.loads(file.read_text())) == 12
 
 
+def test_under_autocast_the_convolutions_are_measured_as_it_runs_them(monkeypatch):
+    dtypes = []
+    convolve = conv_plan.merged_conv
+
+    def merged_conv(x, conv, groups):
+        out = convolve(x, conv, groups)
+        dtypes.append((x.dtype, conv.weight.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(conv_plan, "merged_conv", merged_conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        plan_convs(ef.PSAModule(64, 64), torch.randn(1, 64, 9, 9), training=True)
+        plan_convs(ef.PSAModule(64, 64).double(), torch.randn(1, 64, 9, 9).double(), training=True)
+    # The exact one in float32, the candidates in bfloat16; autocast leaves float64 alone.
+    assert {kinds[0] for kinds in dtypes} == {torch.float32, torch.bfloat16, torch.float64}
+    assert all(len(set(kinds)) == 1 for kinds in dtypes)
+
+
 def test_threads_and_versions_are_part_of_the_key(monkeypatch, threads):
     keys = {problem().key()}
     torch.set_num_threads(torch.get_num_threads() + 1)

@@ -1,0 +1,54 @@
+"""The networks that EPSANet is to keep up with, of the same code: only the blocks differ."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+import epsanet_fused as ef
+
+
+class ResNetBlock(ef.EPSABlock):
+    """The block that EPSANet's comes from: a 3x3 convolution where that has its PSA module."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, *args: Any, **options: Any):
+        super().__init__(inplanes, planes, stride, *args, **options)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+
+
+class SEResNetBlock(ResNetBlock):
+    """That with squeeze and excitation of the residual (arXiv 1709.01507, figure 3)."""
+
+    def __init__(self, inplanes: int, planes: int, *args: Any, **options: Any):
+        super().__init__(inplanes, planes, *args, **options)
+        self.bn3 = nn.Sequential(self.bn3, Excited(planes * self.expansion))
+
+
+class Excited(nn.Module):
+    """x times its channels' weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.se = ef.SEWeightModule(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.se(x)
+
+
+def _like_epsanet50(block: type[ef.EPSABlock]) -> nn.Module:
+    return ef.EPSANet(block, [3, 4, 6, 3])
+
+
+RIVALS: dict[str, Callable[[], nn.Module]] = {
+    "resnet50": functools.partial(_like_epsanet50, ResNetBlock),
+    "seresnet50": functools.partial(_like_epsanet50, SEResNetBlock),
+}
+
+
+def rival_of(provider: str) -> str | None:
+    """The rival that a provider such as "resnet50:eager" runs; None if it runs EPSANet."""
+    name, colon, _ = provider.partition(":")
+    return name if colon and name in RIVALS else None
