@@ -32,8 +32,9 @@ from environment import describe
 from inputs import STAGES, Settings, Source, Workload
 from memory import peak_extra_bytes
 from options import add_shared, finish_shared, positive_int
+from plots import plot
 from providers import PROVIDERS, Prepared, defaults
-from report import AXES, COLUMNS, label, plot, table, write_csv
+from report import AXES, COLUMNS, label, table, write_csv
 from rivals import rival_of
 
 import epsanet_fused as ef
@@ -46,6 +47,7 @@ NECESSARY = {"inference": 2, "training": 5, "backward": 3}
 LAYOUTS = ("nchw", "channels_last")
 # The row of each provider, and what there is to time of those whose results are right.
 Checked = tuple[dict[str, dict[str, object]], dict[str, Prepared]]
+Judges = dict[str | None, Judge]  # of ours, and of each rival
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -127,8 +129,9 @@ class Bench:
         choices = LAYOUTS if settings.layout == "best" else (settings.layout,)
         cases = [settings._replace(layout=layout) for layout in choices]
         workloads = [self.source.workload(case) for case in cases]
+        judges = self._judges(workloads[0], cases[0])  # the truth is the same in any layout
         attempts = [
-            self._check(workload, case, case is cases[0])
+            self._check(workload, case, judges, case is cases[0])
             for workload, case in zip(workloads, cases, strict=True)
         ]
         rows, steps = self._faster(attempts)
@@ -172,13 +175,18 @@ class Bench:
         about = {"provider": provider, "input": self.args.input}
         return row | settings._asdict() | self.environment | about
 
-    def _check(self, workload: Workload, settings: Settings, first: bool) -> Checked:
+    def _judges(self, workload: Workload, settings: Settings) -> Judges:
+        judged = {None: workload, **workload.rivals}
+        wanted = {rival_of(name) for name in self.names}
+        return {name: Judge(judged[name], settings) for name in wanted}
+
+    def _check(
+        self, workload: Workload, settings: Settings, judges: Judges, first: bool
+    ) -> Checked:
         """A row for each provider, and what there is to time of those whose results are right.
 
         Those that choose their layout themselves are there at the first attempt only.
         """
-        judged = {None: workload, **workload.rivals}
-        judges = {name: Judge(work, settings) for name, work in judged.items()}
         rows: dict[str, dict[str, object]] = {}
         steps: dict[str, Prepared] = {}
         for name in self.names:

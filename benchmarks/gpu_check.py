@@ -34,7 +34,8 @@ from gpu_plan import (
     plan,
     with_deadline,
 )
-from report import COLUMNS, align, plot, read_csv, write_csv
+from plots import draw_all
+from report import COLUMNS, align, read_csv, write_csv
 
 from epsanet_fused.files import write_atomically
 
@@ -112,16 +113,6 @@ def collect(scratch: Path, out: Path) -> list[dict[str, str]]:
     return rows
 
 
-def plots(rows: Sequence[dict[str, str]], out: Path) -> None:
-    """One plot of the tail and one of the network, each at the size that matters most."""
-    for scope, cache in (("tail", "cold"), ("network", "warm")):
-        wanted = {"scope": scope, "cache": cache, "batch": "128", "dtype": "float16"}
-        shown = [row for row in rows if wanted.items() <= row.items() and row["layout"] == "nchw"]
-        if shown:
-            title = f"{shown[0]['device']}: {scope}, batch 128, float16, NCHW, {cache}"
-            plot(out / f"{scope}.png", shown, title)
-
-
 def summary(outcomes: Sequence[Outcome], rows: Sequence[dict[str, str]]) -> str:
     """The short table at the end: the steps, and the tail against what it is aimed at."""
     steps = [("step", "status", "s", "note")]
@@ -184,7 +175,7 @@ def run(out: Path, scratch: Path) -> int:
         rows = collect(scratch, out)
     if sanitizer is None:
         outcomes.append(Outcome("sanitizer", "skipped", 0, "compute-sanitizer isn't on PATH"))
-    plots(rows, out)
+    draw_all(out / "plots.pdf", rows)
     print(text := summary(outcomes, rows))
     with log.open("a") as file:
         print(f"\n{text}", file=file)

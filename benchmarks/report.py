@@ -1,4 +1,4 @@
-"""What comes out: rows to a CSV, to one table and to one plot. Nothing here measures."""
+"""What comes out: rows to a CSV and to a table. Nothing here measures."""
 
 from __future__ import annotations
 
@@ -89,49 +89,3 @@ def _cells(row: Row, case: str) -> tuple[str, ...]:
 
 def _number(value: object, form: str) -> str:
     return "" if value == "" else form.format(float(str(value)))
-
-
-def plot(path: Path, rows: Sequence[Row], title: str) -> bool:
-    """Grouped bars of the median on a log scale, whiskers from p20 to p80.
-
-    Returns:
-        False if matplotlib isn't installed, and then there is no plot.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return False
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    timed = [row for row in rows if row["ms_p50"] != ""]
-    varying = varying_axes(timed)
-    cases = list(dict.fromkeys(label(row, varying) for row in timed))
-    providers = list(dict.fromkeys(str(row["provider"]) for row in timed))
-    figure, axes = plt.subplots(figsize=(max(7.0, 1.6 * len(cases)), 4.5))
-    width = 0.8 / max(1, len(providers))
-    for i, provider in enumerate(providers):
-        _bars(
-            axes, [r for r in timed if r["provider"] == provider], cases, varying, i * width, width
-        )
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(cases))], cases)
-    if varying:
-        axes.tick_params("x", labelrotation=30)
-    axes.set_yscale("log")
-    axes.set_ylabel("ms per call (median, p20 to p80)")
-    axes.set_title(title, fontsize=9)
-    if timed:
-        axes.legend(fontsize=8)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    write_atomically(path, data.getvalue())
-    return True
-
-
-def _bars(axes, rows: Sequence[Row], cases, varying, offset: float, width: float) -> None:
-    places = [cases.index(label(row, varying)) + offset for row in rows]
-    low, mid, high = ([float(str(r[f"ms_{p}"])) for r in rows] for p in ("p20", "p50", "p80"))
-    spread = [[m - x for m, x in zip(mid, low, strict=True)],
-              [x - m for m, x in zip(mid, high, strict=True)]]  # fmt: skip
-    axes.bar(places, mid, width, yerr=spread, capsize=2, label=str(rows[0]["provider"]))

@@ -1,0 +1,222 @@
+"""Plots, from CSVs alone.
+
+    python benchmarks/plots.py benchmarks/results/cpu-intel-xeon
+
+reads what bench_psa.py has written there, in however many files, and draws what they hold of four
+things: speed-up of the tail by stage and batch; its bandwidth beside that of a copy; latency of the
+network beside ResNet-50's; peak memory of a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from report import COLUMNS, Row, label, read_csv, varying_axes
+
+from epsanet_fused.files import write_atomically
+
+Value = tuple[float, float, float]  # low, middle, high
+# For each series, such as a provider, its value at some of the places on the x axis.
+Series = Mapping[str, Mapping[str, Value]]
+# Of dtypes and caches a plot shows the first of these that there is.
+DTYPES = ("float16", "bfloat16", "float32")
+CACHES = ("cold", "warm")
+
+
+class Topic(NamedTuple):
+    """One plot: whose rows it shows, and what of them."""
+
+    scopes: tuple[str, ...]
+    value: Callable[[Row], Value]
+    unit: str
+    column: str  # rows without it aren't shown
+    batches: str  # "beside": of all sizes in one panel; "apart": in one each; "largest" alone
+
+
+def _milliseconds(row: Row) -> Value:
+    low, middle, high = (float(str(row[f"ms_{p}"])) for p in ("p20", "p50", "p80"))
+    return low, middle, high
+
+
+def _scaled(column: str, by: float = 1.0) -> Callable[[Row], Value]:
+    return lambda row: (float(str(row[column])) * by,) * 3
+
+
+TAILS, WITH_CONVS = ("tail", "norm"), ("module", "block", "network")
+TOPICS = {
+    "speedup": Topic(TAILS, _scaled("speedup"), "times as fast as eager", "speedup", "beside"),
+    "bandwidth": Topic(("tail",), _scaled("gbps"), "GB/s of necessary bytes", "gbps", "beside"),
+    "latency": Topic(WITH_CONVS, _milliseconds, "ms (median, p20 to p80)", "ms_p50", "apart"),
+    "memory": Topic((*TAILS, *WITH_CONVS), _scaled("peak_extra_bytes", 1e-6),
+                    "peak extra memory, MB", "peak_extra_bytes", "largest"),
+}  # fmt: skip
+
+
+def rows_in(folder: Path) -> list[dict[str, str]]:
+    """All rows that bench_psa.py has written to CSVs there."""
+    tables = [read_csv(path) for path in sorted(folder.glob("*.csv"))]
+    return [row for rows in tables if rows and tuple(rows[0]) == COLUMNS for row in rows]
+
+
+def draw_all(path: Path, rows: Sequence[Row]) -> None:
+    """Write all plots into one file, a PDF with a page for each topic; none without matplotlib."""
+    try:
+        pyplot()
+    except ModuleNotFoundError:
+        return
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    data = io.BytesIO()
+    with PdfPages(data) as pages:
+        for made in figures(rows).values():
+            pages.savefig(made)
+            pyplot().close(made)
+    write_atomically(path, data.getvalue())
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figure of each topic that there are rows for."""
+    panels = {name: panels_of(topic, rows) for name, topic in TOPICS.items()}
+    return {name: _figure(TOPICS[name], found) for name, found in panels.items() if found}
+
+
+def panels_of(topic: Topic, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each panel, by its title."""
+    timed = [row for row in rows if row["ms_p50"] != ""]
+    shown = [row for row in timed if row["scope"] in topic.scopes and row[topic.column] != ""]
+    if topic.unit.endswith("eager"):  # a copy is no way to run it
+        shown = [row for row in shown if row["provider"] != "copy"]
+    kinds = dict.fromkeys((row["scope"], row["mode"], row["device"]) for row in shown)
+    panels: dict[str, list[Row]] = {}
+    for kind in kinds:
+        of_kind = [r for r in shown if (r["scope"], r["mode"], r["device"]) == kind]
+        for axis, order in (("dtype", DTYPES), ("cache", CACHES)):
+            first = next(value for value in order if any(r[axis] == value for r in of_kind))
+            of_kind = [row for row in of_kind if row[axis] == first]
+        if topic.batches == "largest":
+            largest = max(int(str(row["batch"])) for row in of_kind)
+            of_kind = [row for row in of_kind if row["batch"] == str(largest)]
+        for row in of_kind:
+            panels.setdefault(_title(topic, row), []).append(row)
+    return panels
+
+
+def _title(topic: Topic, row: Row) -> str:
+    words = [row["scope"], row["mode"], row["dtype"]]
+    # With convolutions each provider's better layout counts.
+    words += [row["layout"], row["cache"]] if row["scope"] in TAILS else []
+    words += [] if topic.batches == "beside" else [f"batch {row['batch']}"]
+    return f"{', '.join(map(str, words))}\n{row['device']}"
+
+
+def series_of(topic: Topic, rows: Sequence[Row]) -> Series:
+    """The values of each provider by stage and batch; of its fastest row where it has several."""
+    best: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        beside = topic.batches == "beside"
+        place = f"{row['stage']} x {row['batch']}" if beside else str(row["stage"])
+        places = best.setdefault(str(row["provider"]), {})
+        if place not in places or float(str(row["ms_p50"])) < float(str(places[place]["ms_p50"])):
+            places[place] = row
+    return {
+        provider: {place: topic.value(row) for place, row in places.items()}
+        for provider, places in best.items()
+    }
+
+
+def _figure(topic: Topic, panels: Mapping[str, Sequence[Row]]) -> Any:
+    """The panels of a topic below each other."""
+    all_series = {title: series_of(topic, rows) for title, rows in panels.items()}
+    most = max(len({x for places in s.values() for x in places}) for s in all_series.values())
+    made, axes = pyplot().subplots(
+        len(panels), figsize=(min(24.0, max(7.0, 1.6 * most)), 3.6 * len(panels)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for ax, (title, series) in zip(axes[:, 0], all_series.items(), strict=True):
+        grouped_bars(ax, series)
+        ax.set_title(title, fontsize=9)
+        ax.set_ylabel(topic.unit)
+    return made
+
+
+def plot(path: Path, rows: Sequence[Row], title: str) -> bool:
+    """Grouped bars of the median on a log scale, whiskers from p20 to p80.
+
+    Returns:
+        False if matplotlib isn't installed, and then there is no plot.
+    """
+    try:
+        plt = pyplot()
+    except ModuleNotFoundError:
+        return False
+    timed = [row for row in rows if row["ms_p50"] != ""]
+    varying = varying_axes(timed)
+    series: dict[str, dict[str, Value]] = {}
+    for row in timed:
+        series.setdefault(str(row["provider"]), {})[label(row, varying)] = _milliseconds(row)
+    cases = len({label(row, varying) for row in timed})
+    made, ax = plt.subplots(figsize=(max(7.0, 1.6 * cases), 4.5))
+    grouped_bars(ax, series)
+    if varying:
+        ax.tick_params("x", labelrotation=30)
+    ax.set_yscale("log")
+    ax.set_ylabel("ms per call (median, p20 to p80)")
+    ax.set_title(title, fontsize=9)
+    write_atomically(path, _bytes(made))
+    return True
+
+
+def grouped_bars(ax: Any, series: Series) -> None:
+    """A group of bars for each place on the x axis, one of each series, with whiskers."""
+    places = list(dict.fromkeys(place for values in series.values() for place in values))
+    width = 0.8 / max(1, len(series))
+    for i, (name, values) in enumerate(series.items()):
+        x = [places.index(place) + i * width for place in values]
+        low, middle, high = zip(*values.values(), strict=True)
+        spread = [[m - lo for m, lo in zip(middle, low, strict=True)],
+                  [hi - m for m, hi in zip(middle, high, strict=True)]]  # fmt: skip
+        whiskers = {"yerr": spread, "capsize": 2} if any(map(any, spread)) else {}
+        ax.bar(x, middle, width, label=name, **whiskers)
+    ax.set_xticks([x + 0.4 - width / 2 for x in range(len(places))], places)
+    if series:
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _bytes(made: Any) -> bytes:
+    data = io.BytesIO()
+    made.savefig(data, format="png", dpi=130, bbox_inches="tight")
+    pyplot().close(made)
+    return data.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="of CSVs; the plots go there, too")
+    args = parser.parse_args(argv)
+    if not (rows := rows_in(args.folder)):
+        parser.error(
+            f"argument folder: must hold a CSV of bench_psa.py, but {args.folder} has none"
+        )
+    for name, made in figures(rows).items():
+        path = args.folder / f"{name}.png"
+        write_atomically(path, _bytes(made))
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
