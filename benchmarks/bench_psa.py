@@ -101,6 +101,12 @@ def sweep(args: argparse.Namespace) -> list[Settings]:
     ]
 
 
+def layouts(settings: Settings) -> list[Settings]:
+    """The settings in each layout that is to be tried."""
+    choices = LAYOUTS if settings.layout == "best" else (settings.layout,)
+    return [settings._replace(layout=layout) for layout in choices]
+
+
 def words(settings: Settings) -> str:
     return " ".join(map(str, settings))
 
@@ -126,8 +132,7 @@ class Bench:
         """Check every provider against the oracle, then time those that passed, interleaved."""
         began = time.perf_counter()
         torch._dynamo.reset()  # one case's compilations don't count against the next one's limit
-        choices = LAYOUTS if settings.layout == "best" else (settings.layout,)
-        cases = [settings._replace(layout=layout) for layout in choices]
+        cases = layouts(settings)
         workloads = [self.source.workload(case) for case in cases]
         judges = self._judges(workloads[0], cases[0])  # the truth is the same in any layout
         attempts = [

@@ -5,7 +5,10 @@
 Runs the GPU tests, the benchmarks and the sanitizers with what the machine has, in at most nine
 minutes, and ends with a short table; the exit status is 0 only if every check passed. Each step is
 a process group of its own with its own share of the time, so that a crash or a hang costs that step
-and not the rest. It never changes a setting of the card.
+and not the rest. It never changes a setting of the card. With more time, or less:
+
+    python3 benchmarks/gpu_check.py --steps tests tail-forward --seconds 120
+    python3 benchmarks/gpu_check.py --steps tune counters      # these run only when named
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,12 +36,17 @@ from gpu_plan import (
     plan,
     with_deadline,
 )
+from options import positive_float
 from plots import draw_all
 from report import COLUMNS, align, read_csv, write_csv
 
 from epsanet_fused.files import write_atomically
 
 NO_GPU = 2
+# What steps write beside bench_psa.csv, which all come into results.csv. With that, log.txt and
+# plots.pdf these are at most eight files.
+FILES = ("env.json", "gpu-tests.xml", "conv-cost/conv_cost.csv", "tune/tune_triton.csv",
+         "counters/counters.csv")  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -106,7 +113,7 @@ def collect(scratch: Path, out: Path) -> list[dict[str, str]]:
     )  # a sanitizer's timings say nothing
     rows = [row for path in tables for row in read_csv(path)]
     write_csv(out / "results.csv", rows, COLUMNS)
-    for name in ("env.json", "gpu-tests.xml", "conv-cost/conv_cost.csv"):
+    for name in FILES:
         source = scratch / name
         if source.exists():
             write_atomically(out / source.name, source.read_bytes())
@@ -154,27 +161,26 @@ def everything_passed(outcomes: Sequence[Outcome], rows: Sequence[dict[str, str]
     """Failed steps and wrong results count, and tests or sanitizers that were killed.
 
     A tool that isn't installed doesn't, nor a measurement that found no time: the table says so.
+    But where all measurements came to nothing, something is wrong.
     """
     harmless = {"passed", "skipped", "INCOMPLETE"}
-    return bool(rows) and all(o.status in harmless for o in outcomes)
+    nothing = not rows and any(o.status == "INCOMPLETE" for o in outcomes)
+    return not nothing and all(o.status in harmless for o in outcomes)
 
 
-def run(out: Path, scratch: Path) -> int:
+def run(out: Path, scratch: Path, names: Sequence[str] | None, total: float) -> int:
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
     log.write_text("")
-    sanitizer = shutil.which("compute-sanitizer")
-    steps = plan(scratch, sanitizer)
-    outcomes: list[Outcome] = []
+    steps, missing = plan(scratch, names)
+    outcomes = [Outcome(name, "skipped", 0, reason) for name, reason in missing.items()]
     rows: list[dict[str, str]] = []
     for i, step in enumerate(steps):
-        seconds = allotment(steps, i, TOTAL_SECONDS - (time.perf_counter() - began))
+        seconds = allotment(steps, i, total - (time.perf_counter() - began))
         print(f"[{i + 1}/{len(steps)}] {step.name}, up to {seconds:.0f} s", flush=True)
         outcomes.append(execute(step, seconds, log))
         rows = collect(scratch, out)
-    if sanitizer is None:
-        outcomes.append(Outcome("sanitizer", "skipped", 0, "compute-sanitizer isn't on PATH"))
     draw_all(out / "plots.pdf", rows)
     print(text := summary(outcomes, rows))
     with log.open("a") as file:
@@ -187,11 +193,19 @@ def run(out: Path, scratch: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument(
+        "--steps", nargs="+", metavar="STEP", help="these only, in the plan's order"
+    )
+    parser.add_argument("--seconds", type=positive_float, default=TOTAL_SECONDS,
+                        help=f"for all steps together; default {TOTAL_SECONDS:.0f}")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_args(argv)
+    try:
+        steps, missing = plan(Path("SCRATCH"), args.steps)
+    except ValueError as error:
+        parser.error(f"argument --steps: {error}")
     if args.dry_run:
-        sanitizer = shutil.which("compute-sanitizer")
-        print("\n".join(describe_plan(plan(Path("SCRATCH"), sanitizer), sanitizer)))
+        print("\n".join(describe_plan(steps, missing, args.seconds)))
         return 0
     if not torch.cuda.is_available():
         print(
@@ -200,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return NO_GPU
     with tempfile.TemporaryDirectory() as scratch:
-        return run(args.out.resolve(), Path(scratch))
+        return run(args.out.resolve(), Path(scratch), args.steps, args.seconds)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from rivals import RIVALS
 
 from epsanet_fused.backends import VARIANTS
 from epsanet_fused.backends.native import library
@@ -19,7 +22,8 @@ TOTAL_SECONDS = 515.0
 GRACE_SECONDS = 10.0
 SANITIZERS = ("memcheck", "racecheck")
 BACKENDS = ("triton", *VARIANTS)
-COMPILED = ("eager", "eager-graph", "compile", "compile-max-autotune")
+PLANNED = ("planned", "planned-triton", "planned-compile")
+COMPILED = ("eager", "eager-graph", "compile", "compile-reduce-overhead", "compile-max-autotune")
 
 
 class Step(NamedTuple):
@@ -29,27 +33,54 @@ class Step(NamedTuple):
     command: tuple[str, ...]
     weight: float
     own_deadline: bool  # takes --seconds, and keeps what it has measured by then
+    needs: str = ""  # a program that it can't do without
 
 
-def plan(scratch: Path, sanitizer: str | None) -> list[Step]:
-    """What to run: the checks first, then the measurements in the order of their use."""
+def plan(scratch: Path, names: Sequence[str] | None = None) -> tuple[list[Step], dict[str, str]]:
+    """What to run: the checks first, then the measurements in the order of their use.
+
+    Args:
+        scratch: the folder for what the steps write.
+        names: only these steps; None takes all but those that run only when named.
+
+    Returns:
+        The steps, and for what can't run here the reason.
+
+    Raises:
+        ValueError: for a name that no step has.
+    """
     python = sys.executable
-    tests = (python, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-q", "-p", "no:cacheprovider")
-    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
-        tests += ("-n", "4")
-    if importlib.util.find_spec("pytest_timeout"):
-        tests += ("--timeout", "80")
     card = (python, str(HERE / "environment.py"), str(scratch / "env.json"))
-    return [
+    steps = [
         Step("environment", card, 15, False),
         *build_steps(),
-        Step("tests", (*tests, f"--junitxml={scratch / 'gpu-tests.xml'}"), 170, False),
+        tests_step(scratch),
         *tail_steps(scratch),
         norm_step(scratch),
-        *sanitizer_steps(scratch, sanitizer),
+        *sanitizer_steps(scratch),
         measured(scratch, "conv-cost", 70, "conv_cost.py"),
         *network_steps(scratch),
     ]
+    extra = extra_steps(scratch)
+    known = {step.name: step for step in (*steps, *extra)}
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
+    chosen = steps if names is None else [step for step in known.values() if step.name in names]
+    tools = {
+        step.name: step.needs for step in chosen if step.needs and not shutil.which(step.needs)
+    }
+    missing = {name: f"{tool} isn't on PATH" for name, tool in tools.items()}
+    return [step for step in chosen if step.name not in missing], missing
+
+
+def tests_step(scratch: Path) -> Step:
+    command = (sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-q")
+    command += ("-p", "no:cacheprovider", f"--junitxml={scratch / 'gpu-tests.xml'}")
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
+        command += ("-n", "4")
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ("--timeout", "80")
+    return Step("tests", command, 170, False)
 
 
 def build_steps() -> list[Step]:
@@ -100,60 +131,53 @@ def norm_step(scratch: Path) -> Step:
     return psa(scratch, "norm-training", 30, "norm", "training", *options)
 
 
-def sanitizer_steps(scratch: Path, sanitizer: str | None) -> list[Step]:
+def sanitizer_steps(scratch: Path) -> list[Step]:
     """memcheck and racecheck over one forward and backward of small shapes.
 
     Without PyTorch's caching allocator: inside one of its pools any address is a valid one.
     """
-    if sanitizer is None:
-        return []
     small = (
         "--batch", "2", "--stages", "S4", "S3", "--dtype", "float16", "--reps", "1",
         "--layout", "nchw", "channels_last", "--providers", *BACKENDS,
     )  # fmt: skip
     steps = (psa(scratch, tool, 35, "tail", "training", *small) for tool in SANITIZERS)
+    tool = "compute-sanitizer"
+    uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool)
     return [
         step._replace(
-            command=(
-                "env",
-                "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
-                sanitizer,
-                f"--tool={step.name}",
-                "--error-exitcode=9",
-                *step.command,
-            )
+            command=(*uncached, f"--tool={step.name}", "--error-exitcode=9", *step.command),
+            needs=tool,
         )
         for step in steps
     ]
 
 
-def network_steps(scratch: Path) -> list[Step]:
-    """What users get: the network and the module, in mixed precision where they train."""
-    plain = (
-        "--dtype", "float16", "--layout", "channels_last", "nchw", "--batch", "128", "1", "32",
-        "--providers", "eager", "eager-graph", "fused", "fused-graph",
-    )  # fmt: skip
-    compiled = (
-        "--dtype", "float16", "--batch", "128",
-        "--providers", "eager", "compile", "fused", "fused-compile",
-    )  # fmt: skip
-    module = (
-        "--dtype", "float16", "--batch", "1", "128", "32",
-        "--providers", "fused", "fused-compile", "fused-graph", *COMPILED,
-    )  # fmt: skip
-    optimal = (
-        "--dtype", "float16", "--layout", "best", "--batch", "128", "1",
-        "--providers", "eager", "optimized", "optimized-graph",
-        "resnet50:eager", "resnet50:optimized", "resnet50:optimized-graph",
-    )  # fmt: skip
+def extra_steps(scratch: Path) -> list[Step]:
+    """What runs only when named: the sweep of Triton's table, and hardware counters."""
     return [
-        psa(scratch, "network-optimized", 70, "network", "inference", *optimal),
-        psa(scratch, "network-inference", 30, "network", "inference", *plain),
-        psa(scratch, "network-training", 35, "network", "training", *plain),
-        psa(scratch, "compiled-inference", 70, "network", "inference", *compiled),
-        psa(scratch, "compiled-training", 70, "network", "training", *compiled),
-        psa(scratch, "module", 40, "module", "inference training", *module),
+        measured(scratch, "tune", 150, "tune_triton.py"),
+        measured(scratch, "counters", 60, "counters.py")._replace(needs="ncu"),
     ]
+
+
+def network_steps(scratch: Path) -> list[Step]:
+    """What users get, everyone in his better layout; in mixed precision where they train."""
+    module = ("--dtype", "float16", "--layout", "best", "--providers", *COMPILED, "cleaned",
+              "fused", "fused-compile", "fused-graph")  # fmt: skip
+    both = ("--dtype", "float16", "--layout", "best", "--providers", *COMPILED)
+    inference = (*both, "cleaned", "fused", "optimized", "optimized-compile", "optimized-graph")
+    training = (*both, "fused", "triton", "fused-compile", "fused-graph", *PLANNED)
+    rivals = [f"{r}:{p}" for r in RIVALS for p in ("eager", "compile", "compile-reduce-overhead")]
+    optimized_rival = ("resnet50:optimized", "resnet50:optimized-graph")
+    return [
+        psa(scratch, "module", 40, "module", "inference training", *module, "--batch", "1", "128"),
+        psa(scratch, "network-inference", 110, "network", "inference", *inference, *rivals,
+            *optimized_rival, "--batch", "128", "1", "32"),
+        psa(scratch, "network-training", 110, "network", "training", *training, *rivals,
+            "--batch", "128", "32", "1"),
+        psa(scratch, "block-inference", 30, "block", "inference", *inference, "--batch", "128"),
+        psa(scratch, "block-training", 30, "block", "training", *training, "--batch", "128"),
+    ]  # fmt: skip
 
 
 def allotment(steps: Sequence[Step], index: int, left: float) -> float:
@@ -168,11 +192,12 @@ def with_deadline(step: Step, seconds: float) -> tuple[str, ...]:
     return (*step.command, "--seconds", f"{max(1.0, seconds - GRACE_SECONDS):.0f}")
 
 
-def describe_plan(steps: Sequence[Step], sanitizer: str | None) -> Iterator[str]:
-    left = TOTAL_SECONDS
+def describe_plan(
+    steps: Sequence[Step], missing: Mapping[str, str], left: float = TOTAL_SECONDS
+) -> Iterator[str]:
     for i, step in enumerate(steps):
         seconds = allotment(steps, i, left)
         left -= seconds
         yield f"{step.name} (up to {seconds:.0f} s): {' '.join(with_deadline(step, seconds))}"
-    if sanitizer is None:
-        yield "skipped: memcheck and racecheck, as compute-sanitizer isn't on PATH"
+    for name, reason in missing.items():
+        yield f"skipped: {name}, as {reason}"
