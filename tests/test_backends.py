@@ -173,7 +173,8 @@ def test_the_table_for_cuda_tensors() -> None:
     ):
         assert look_up(other, table) is None
         assert look_up(other._replace(channels_last=True), table) == "reference"
-    assert all(row.backend in ef.backends() for row in TABLE)
+    # "cuda:one_pass" would raise an error where one pass can't run.
+    assert all(row.backend in (*ef.backends(), "cuda:two_pass") for row in TABLE)
 
 
 def test_a_measured_row_decides_what_auto_runs(monkeypatch: pytest.MonkeyPatch) -> None:

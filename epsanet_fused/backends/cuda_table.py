@@ -37,10 +37,13 @@ class Row(NamedTuple):
     backend: str
 
     def covers(self, problem: Problem) -> bool:
-        alike = zip(self[:3], problem[:3], strict=True)
-        between = zip(self[3:5], problem[3:], strict=True)
-        return all(mine in (None, its) for mine, its in alike) and all(
-            low <= value <= high for (low, high), value in between
+        # Every call asks this of every row until one says yes: hence no loop.
+        return (
+            self.sample_bytes[0] <= problem.sample_bytes <= self.sample_bytes[1]
+            and self.batch[0] <= problem.batch <= self.batch[1]
+            and self.arch in (None, problem.arch)
+            and self.channels_last in (None, problem.channels_last)
+            and self.dtype in (None, problem.dtype)
         )
 
 
