@@ -45,6 +45,8 @@ from epsanet_fused.timing import Clock, Timing, Variant, interleave
 # What each mode has to move, in N: see above.
 NECESSARY = {"inference": 2, "training": 5, "backward": 3}
 LAYOUTS = ("nchw", "channels_last")
+# The most of the time left that a case may spend on making its providers ready.
+PREPARING = 0.7
 # The row of each provider, and what there is to time of those whose results are right.
 Checked = tuple[dict[str, dict[str, object]], dict[str, Prepared]]
 Judges = dict[str | None, Judge]  # of ours, and of each rival
@@ -128,9 +130,16 @@ class Bench:
         rivals = dict.fromkeys(filter(None, map(rival_of, self.names)))
         self.source = Source(args.input, self.device, rivals)
 
-    def measure(self, settings: Settings, seconds: float) -> None:
-        """Check every provider against the oracle, then time those that passed, interleaved."""
+    # Dynamo counts all compilations of one forward together, and gives up silently.
+    @torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True)
+    def measure(self, settings: Settings, seconds: float, left: float) -> None:
+        """Check every provider against the oracle, then time those that passed, interleaved.
+
+        ``seconds`` is this case's share of what is left of the time. Compiling may take more than
+        a share, but when most of all that is left is gone, the rest is left out.
+        """
         began = time.perf_counter()
+        self._deadline = began + PREPARING * left
         torch._dynamo.reset()  # one case's compilations don't count against the next one's limit
         cases = layouts(settings)
         workloads = [self.source.workload(case) for case in cases]
@@ -145,12 +154,12 @@ class Bench:
             if step.memory_step is not None:
                 with ef.use_backend(step.choice):
                     rows[name]["peak_extra_bytes"] = peak_extra_bytes(step.memory_step, self.device)
-        left = max(0.0, seconds - (time.perf_counter() - began)) / len(self.clocks)
+        share = max(0.0, seconds - (time.perf_counter() - began)) / len(self.clocks)
         candidates = variants(steps, workload)
         if "copy" in candidates:
             rows["copy"] = self._row(settings, "copy") | {"backend": "pytorch"}
         for cache, clock in self.clocks.items():
-            timings = interleave(candidates, clock, self.args.reps, left)
+            timings = interleave(candidates, clock, self.args.reps, share)
             for name, row in rows.items():
                 row = row | {"cache": cache, "clock": clock.name}
                 if name in timings:
@@ -200,6 +209,9 @@ class Bench:
             if again or not provider.fits(settings.scope, settings.mode):
                 continue
             row = rows[name] = self._row(settings, name)
+            if rows.keys() != {name} and time.perf_counter() > self._deadline:
+                row["note"] = "skipped: out of time"
+                continue
             try:
                 step = provider.prepare(workload, settings.mode, settings.autocast)
                 with ef.use_backend(step.choice):
@@ -270,7 +282,7 @@ def run(args: argparse.Namespace) -> int:
             break
         try:
             with torch.set_grad_enabled(settings.mode != "inference"):
-                bench.measure(settings, left / (len(points) - i))
+                bench.measure(settings, left / (len(points) - i), left)
         except RuntimeError as error:
             bench.fail(settings, error)
         reached = i + 1
@@ -309,6 +321,8 @@ def notes(bench: Bench, unreached: int) -> list[str]:
             f"behind the operator; expect 'cleaned' plus the operator's own cost"
         )
     lines += [f"skipped {name}: {reason}" for name, reason in bench.skipped.items()]
+    late = [row for row in bench.rows if str(row["note"]).startswith("skipped")]
+    lines += dict.fromkeys(f"skipped {label(r, AXES)} {r['provider']}: out of time" for r in late)
     wrong = [row for row in bench.rows if row["ok"] is False]
     lines += dict.fromkeys(f"FAILED {label(r, AXES)} {r['provider']}: {r['note']}" for r in wrong)
     if unreached:

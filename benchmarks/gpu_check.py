@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,14 @@ from gpu_plan import (
     Step,
     allotment,
     describe_plan,
+    groups,
     plan,
     with_deadline,
 )
 from options import positive_float
 from plots import draw_all
 from report import COLUMNS, align, read_csv, write_csv
+from summary import summary
 
 from epsanet_fused.files import write_atomically
 
@@ -79,6 +82,19 @@ def execute(step: Step, seconds: float, log: Path) -> Outcome:
     return outcome(step, code, time.perf_counter() - began)
 
 
+def execute_together(steps: Sequence[Step], seconds: float, log: Path) -> list[Outcome]:
+    """Run some steps at the same time; the log has one after the other."""
+    if len(steps) == 1:
+        return [execute(steps[0], seconds, log)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(steps)) as pool:
+        logs = [Path(folder, step.name) for step in steps]
+        outcomes = pool.map(lambda step, log: execute(step, seconds, log), steps, logs)
+        found = list(outcomes)
+        with log.open("a") as out:
+            out.writelines(part.read_text(errors="replace") for part in logs)
+    return found
+
+
 def interrupt(process: subprocess.Popen[bytes]) -> None:
     """Ctrl-C: upon it pytest still writes its report, unless it hangs in the driver."""
     os.killpg(process.pid, signal.SIGINT)
@@ -97,74 +113,45 @@ def outcome(step: Step, code: int | None, seconds: float) -> Outcome:
     """What an exit status means; None stands for a step that had to be killed."""
     name = step.name
     if code is None:
-        measures = step.own_deadline and name not in SANITIZERS
-        status = "INCOMPLETE" if measures else "OUT OF TIME"
+        status = "OUT OF TIME" if step.kind == "check" else "INCOMPLETE"
         return Outcome(name, status, seconds, "killed; what it had written is kept")
     if code == 0:
         return Outcome(name, "passed", seconds, "")
     notes = {5: "no GPU test was found"} if name == "tests" else {9: "errors found, see log.txt"}
-    return Outcome(name, "FAILED", seconds, notes.get(code, f"exit status {code}, see log.txt"))
+    status = "INCOMPLETE" if step.kind == "warm-up" else "FAILED"
+    return Outcome(name, status, seconds, notes.get(code, f"exit status {code}, see log.txt"))
 
 
-def collect(scratch: Path, out: Path) -> list[dict[str, str]]:
-    """Bring what the steps have written so far into the one folder."""
-    tables = sorted(
-        path for path in scratch.glob("*/bench_psa.csv") if path.parent.name not in SANITIZERS
-    )  # a sanitizer's timings say nothing
-    rows = [row for path in tables for row in read_csv(path)]
-    write_csv(out / "results.csv", rows, COLUMNS)
+def collect(scratch: Path, out: Path) -> dict[str, list[dict[str, str]]]:
+    """Bring what the steps have written so far into the one folder; the rows of each step."""
+    tables = {
+        path.parent.name: read_csv(path)
+        for path in sorted(scratch.glob("*/bench_psa.csv"))
+        if path.parent.name not in SANITIZERS  # whose timings say nothing
+    }
+    write_csv(out / "results.csv", [row for rows in tables.values() for row in rows], COLUMNS)
     for name in FILES:
         source = scratch / name
         if source.exists():
             write_atomically(out / source.name, source.read_bytes())
-    return rows
+    return tables
 
 
-def summary(outcomes: Sequence[Outcome], rows: Sequence[dict[str, str]]) -> str:
-    """The short table at the end: the steps, and the tail against what it is aimed at."""
-    steps = [("step", "status", "s", "note")]
-    steps += [(o.name, o.status, f"{o.seconds:.0f}", o.note) for o in outcomes]
-    parts = [align(steps, left=2)]
-    ours = [
-        row
-        for row in rows
-        if row["provider"] in ("fused", "fused-graph") and row["batch"] == "128"
-        and row["dtype"] == "float16" and row["layout"] == "nchw" and row["ms_p50"]
-    ]  # fmt: skip
-    if ours:
-        head = (
-            "scope",
-            "mode",
-            "stage",
-            "cache",
-            "provider",
-            "runs",
-            "ms",
-            "vs eager",
-            "% of copy",
-        )
-        lines = [
-            (row["scope"], row["mode"], row["stage"], row["cache"], row["provider"],
-             row["backend"], f"{float(row['ms_p50']):.4f}", _figure(row["speedup"], "x"),
-             _figure(row["percent_of_copy"], ""))
-            for row in ours
-        ]  # fmt: skip
-        parts += ["", "batch 128, float16, NCHW:", align([head, *lines], left=6)]
-    return "\n".join(parts)
+def steps_table(outcomes: Sequence[Outcome]) -> str:
+    head = ("step", "status", "s", "note")
+    return align(
+        [head, *((o.name, o.status, f"{o.seconds:.0f}", o.note) for o in outcomes)], left=2
+    )
 
 
-def _figure(text: str, unit: str) -> str:
-    return f"{float(text):.2f}{unit}" if text else ""
-
-
-def everything_passed(outcomes: Sequence[Outcome], rows: Sequence[dict[str, str]]) -> bool:
+def everything_passed(outcomes: Sequence[Outcome], measured: bool) -> bool:
     """Failed steps and wrong results count, and tests or sanitizers that were killed.
 
     A tool that isn't installed doesn't, nor a measurement that found no time: the table says so.
     But where all measurements came to nothing, something is wrong.
     """
     harmless = {"passed", "skipped", "INCOMPLETE"}
-    nothing = not rows and any(o.status == "INCOMPLETE" for o in outcomes)
+    nothing = not measured and any(o.status == "INCOMPLETE" for o in outcomes)
     return not nothing and all(o.status in harmless for o in outcomes)
 
 
@@ -175,17 +162,19 @@ def run(out: Path, scratch: Path, names: Sequence[str] | None, total: float) -> 
     log.write_text("")
     steps, missing = plan(scratch, names)
     outcomes = [Outcome(name, "skipped", 0, reason) for name, reason in missing.items()]
-    rows: list[dict[str, str]] = []
-    for i, step in enumerate(steps):
-        seconds = allotment(steps, i, total - (time.perf_counter() - began))
-        print(f"[{i + 1}/{len(steps)}] {step.name}, up to {seconds:.0f} s", flush=True)
-        outcomes.append(execute(step, seconds, log))
-        rows = collect(scratch, out)
-    draw_all(out / "plots.pdf", rows)
-    print(text := summary(outcomes, rows))
+    tables: dict[str, list[dict[str, str]]] = {}
+    in_groups = groups(steps)
+    for i, group in enumerate(in_groups):
+        seconds = allotment(in_groups, i, total - (time.perf_counter() - began))
+        names_here = ", ".join(step.name for step in group)
+        print(f"[{i + 1}/{len(in_groups)}] {names_here}: up to {seconds:.0f} s", flush=True)
+        outcomes += execute_together(group, seconds, log)
+        tables = collect(scratch, out)
+    draw_all(out / "plots.pdf", [row for rows in tables.values() for row in rows])
+    print(text := f"{summary(tables)}\n\n{steps_table(outcomes)}".lstrip())
     with log.open("a") as file:
         print(f"\n{text}", file=file)
-    passed = everything_passed(outcomes, rows)
+    passed = everything_passed(outcomes, any(tables.values()))
     print(f"{'All checks passed' if passed else 'NOT all checks passed'}; see {out}")
     return 0 if passed else 1
 

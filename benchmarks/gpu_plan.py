@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rivals import RIVALS
-
 from epsanet_fused.backends import VARIANTS
 from epsanet_fused.backends.native import library
 
@@ -32,7 +30,9 @@ class Step(NamedTuple):
     name: str
     command: tuple[str, ...]
     weight: float
-    own_deadline: bool  # takes --seconds, and keeps what it has measured by then
+    kind: str  # "check"; "measurement", which may end early; "warm-up", which may even fail
+    own_deadline: bool = False  # takes --seconds, and keeps what it has done by then
+    beside: bool = False  # nothing in it is timed, so its neighbours may run at the same time
     needs: str = ""  # a program that it can't do without
 
 
@@ -49,26 +49,25 @@ def plan(scratch: Path, names: Sequence[str] | None = None) -> tuple[list[Step],
     Raises:
         ValueError: for a name that no step has.
     """
-    python = sys.executable
-    card = (python, str(HERE / "environment.py"), str(scratch / "env.json"))
+    card = (sys.executable, str(HERE / "environment.py"), str(scratch / "env.json"))
+    compiled = compiled_steps(scratch)
     steps = [
-        Step("environment", card, 15, False),
+        Step("environment", card, 15, "check"),
         *build_steps(),
         tests_step(scratch),
+        *sanitizer_steps(scratch),
+        *(warm_up(step) for step in compiled),
         *tail_steps(scratch),
         norm_step(scratch),
-        *sanitizer_steps(scratch),
-        measured(scratch, "conv-cost", 70, "conv_cost.py"),
-        *network_steps(scratch),
+        measured(scratch, "conv-cost", 45, "conv_cost.py"),
+        *compiled,
     ]
-    extra = extra_steps(scratch)
-    known = {step.name: step for step in (*steps, *extra)}
+    known = {step.name: step for step in (*steps, *extra_steps(scratch))}
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
-    chosen = steps if names is None else [step for step in known.values() if step.name in names]
-    tools = {
-        step.name: step.needs for step in chosen if step.needs and not shutil.which(step.needs)
-    }
+    chosen = [step for step in known.values() if step in steps or names is not None]
+    chosen = [step for step in chosen if names is None or step.name in names]
+    tools = {s.name: s.needs for s in chosen if s.needs and shutil.which(s.needs) is None}
     missing = {name: f"{tool} isn't on PATH" for name, tool in tools.items()}
     return [step for step in chosen if step.name not in missing], missing
 
@@ -80,7 +79,7 @@ def tests_step(scratch: Path) -> Step:
         command += ("-n", "4")
     if importlib.util.find_spec("pytest_timeout"):
         command += ("--timeout", "80")
-    return Step("tests", command, 170, False)
+    return Step("tests", command, 150, "check", beside=True)
 
 
 def build_steps() -> list[Step]:
@@ -88,12 +87,13 @@ def build_steps() -> list[Step]:
     if library().cuda_archs:
         return []
     command = (sys.executable, str(ROOT / "setup.py"), "build_ext", "--inplace")
-    return [Step("build", ("env", "EPSANET_FUSED_BUILD=cuda", *command), 90, False)]
+    return [Step("build", ("env", "EPSANET_FUSED_BUILD=cuda", *command), 90, "check")]
 
 
 def measured(scratch: Path, name: str, weight: float, script: str, *options: str) -> Step:
     command = (sys.executable, str(HERE / script), "--device", "cuda", *options)
-    return Step(name, (*command, "--out", str(scratch / name)), weight, True)
+    command += ("--out", str(scratch / name))
+    return Step(name, command, weight, "measurement", own_deadline=True)
 
 
 def psa(scratch: Path, name: str, weight: float, scope: str, mode: str, *options: str) -> Step:
@@ -102,20 +102,15 @@ def psa(scratch: Path, name: str, weight: float, scope: str, mode: str, *options
 
 
 def tail_steps(scratch: Path) -> list[Step]:
-    """Every backend at every size, layout and dtype; then against the compilers at a few."""
+    """Every backend at every size, layout and dtype."""
     grid = (
         "--cache", "cold", "warm", "--batch", "128", "1", "32", "256",
         "--layout", "nchw", "channels_last", "--dtype", "float16", "bfloat16", "float32",
         "--providers", "eager", "cleaned", *BACKENDS, "fused-graph",
     )  # fmt: skip
-    compiled = (
-        "--cache", "cold", "--batch", "128", "1", "--dtype", "float16",
-        "--stages", "S1", "S4", "S2", "S3", "--providers", "fused", "fused-graph", *COMPILED,
-    )  # fmt: skip
     return [
-        psa(scratch, "tail-forward", 45, "tail", "inference", *grid),
-        psa(scratch, "tail-backward", 45, "tail", "backward", *grid),
-        psa(scratch, "tail-compiled", 60, "tail", "inference training", *compiled),
+        psa(scratch, "tail-forward", 50, "tail", "inference", *grid),
+        psa(scratch, "tail-backward", 50, "tail", "backward", *grid),
     ]
 
 
@@ -128,7 +123,7 @@ def norm_step(scratch: Path) -> Step:
         "--cache", "cold", "--batch", "128", "32", "--layout", "nchw", "channels_last",
         "--dtype", "float16", "float32", "--providers", "eager", "apart", "fused",
     )  # fmt: skip
-    return psa(scratch, "norm-training", 30, "norm", "training", *options)
+    return psa(scratch, "norm-training", 20, "norm", "training", *options)
 
 
 def sanitizer_steps(scratch: Path) -> list[Step]:
@@ -140,49 +135,90 @@ def sanitizer_steps(scratch: Path) -> list[Step]:
         "--batch", "2", "--stages", "S4", "S3", "--dtype", "float16", "--reps", "1",
         "--layout", "nchw", "channels_last", "--providers", *BACKENDS,
     )  # fmt: skip
-    steps = (psa(scratch, tool, 35, "tail", "training", *small) for tool in SANITIZERS)
     tool = "compute-sanitizer"
     uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool)
+    steps = (psa(scratch, name, 100, "tail", "training", *small) for name in SANITIZERS)
     return [
         step._replace(
             command=(*uncached, f"--tool={step.name}", "--error-exitcode=9", *step.command),
+            kind="check",
+            beside=True,
             needs=tool,
         )
         for step in steps
     ]
 
 
-def extra_steps(scratch: Path) -> list[Step]:
-    """What runs only when named: the sweep of Triton's table, and hardware counters."""
-    return [
-        measured(scratch, "tune", 150, "tune_triton.py"),
-        measured(scratch, "counters", 60, "counters.py")._replace(needs="ncu"),
-    ]
+def warm_up(step: Step) -> Step:
+    """Have compiled what the step will run, while the checks run."""
+    command = [str(HERE / "warm_up.py") if part.endswith("bench_psa.py") else part
+               for part in step.command]  # fmt: skip
+    name = f"{step.name}-warm-up"
+    return step._replace(name=name, command=tuple(command), weight=150, kind="warm-up", beside=True)
 
 
-def network_steps(scratch: Path) -> list[Step]:
-    """What users get, everyone in his better layout; in mixed precision where they train."""
-    module = ("--dtype", "float16", "--layout", "best", "--providers", *COMPILED, "cleaned",
-              "fused", "fused-compile", "fused-graph")  # fmt: skip
-    both = ("--dtype", "float16", "--layout", "best", "--providers", *COMPILED)
-    inference = (*both, "cleaned", "fused", "optimized", "optimized-compile", "optimized-graph")
-    training = (*both, "fused", "triton", "fused-compile", "fused-graph", *PLANNED)
-    rivals = [f"{r}:{p}" for r in RIVALS for p in ("eager", "compile", "compile-reduce-overhead")]
-    optimized_rival = ("resnet50:optimized", "resnet50:optimized-graph")
+def compiled_steps(scratch: Path) -> list[Step]:
+    """What users get against what torch.compile gives them, everyone in his better layout.
+
+    In mixed precision where they train. The providers come in the order of their weight: when a
+    step's time is over, the last of them are left out.
+    """
+    half = ("--dtype", "float16", "--providers")
+    best = ("--layout", "best", *half)
+    inference = (
+        "eager", "compile", "fused", "optimized-graph", "resnet50:compile-reduce-overhead",
+        "compile-reduce-overhead", "optimized", "resnet50:optimized-graph", "resnet50:eager",
+        "eager-graph", "fused-graph", "seresnet50:compile-reduce-overhead",
+    )  # fmt: skip
+    training = (
+        "eager", "compile", "fused", "planned-triton", "planned-compile", "resnet50:compile",
+        "planned", "triton", "fused-compile", "resnet50:eager", "seresnet50:compile",
+    )  # fmt: skip
     return [
-        psa(scratch, "module", 40, "module", "inference training", *module, "--batch", "1", "128"),
-        psa(scratch, "network-inference", 110, "network", "inference", *inference, *rivals,
-            *optimized_rival, "--batch", "128", "1", "32"),
-        psa(scratch, "network-training", 110, "network", "training", *training, *rivals,
-            "--batch", "128", "32", "1"),
-        psa(scratch, "block-inference", 30, "block", "inference", *inference, "--batch", "128"),
-        psa(scratch, "block-training", 30, "block", "training", *training, "--batch", "128"),
+        psa(scratch, "network-inference", 90, "network", "inference", *best, *inference,
+            "--batch", "128", "1", "32"),
+        psa(scratch, "network-training", 70, "network", "training", *best, *training,
+            "--batch", "128", "32"),
+        psa(scratch, "module", 30, "module", "inference training", *best, *COMPILED,
+            "fused", "fused-graph", "fused-compile", "--batch", "1", "128"),
+        psa(scratch, "tail-compiled", 30, "tail", "inference training", *half, *COMPILED,
+            "fused", "fused-graph", "--batch", "128", "1", "--cache", "cold"),
     ]  # fmt: skip
 
 
-def allotment(steps: Sequence[Step], index: int, left: float) -> float:
-    """The step's share of the seconds left: what earlier steps didn't use goes to later ones."""
-    return max(0.0, left) * steps[index].weight / sum(step.weight for step in steps[index:])
+def extra_steps(scratch: Path) -> list[Step]:
+    """What runs only when named: Triton's table, hardware counters, what takes long to compile."""
+    block = ("--layout", "best", "--dtype", "float16", "--batch", "128", "1", "32", "--providers",
+             *COMPILED, "cleaned", "fused", "fused-compile", "fused-graph")  # fmt: skip
+    autotuned = ("--layout", "best", "--dtype", "float16", "--batch", "128",
+                 "--providers", "eager", "compile-max-autotune", "compile", "fused")  # fmt: skip
+    return [
+        measured(scratch, "tune", 150, "tune_triton.py"),
+        measured(scratch, "counters", 60, "counters.py")._replace(needs="ncu"),
+        psa(scratch, "block-inference", 60, "block", "inference", *block, "optimized-graph"),
+        psa(scratch, "block-training", 60, "block", "training", *block, *PLANNED),
+        psa(scratch, "autotuned-inference", 200, "network", "inference", *autotuned,
+            "optimized-graph", "resnet50:compile-max-autotune"),
+        psa(scratch, "autotuned-training", 200, "network", "training", *autotuned,
+            "planned-triton", "resnet50:compile-max-autotune"),
+    ]  # fmt: skip
+
+
+def groups(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps in the order they come, those that may run at the same time together."""
+    found: list[list[Step]] = []
+    for step in steps:
+        if step.beside and found and found[-1][0].beside:
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return found
+
+
+def allotment(groups: Sequence[Sequence[Step]], index: int, left: float) -> float:
+    """The group's share of the seconds left: what earlier ones didn't use goes to later ones."""
+    weights = [max(step.weight for step in group) for group in groups[index:]]
+    return max(0.0, left) * weights[0] / sum(weights)
 
 
 def with_deadline(step: Step, seconds: float) -> tuple[str, ...]:
@@ -195,9 +231,12 @@ def with_deadline(step: Step, seconds: float) -> tuple[str, ...]:
 def describe_plan(
     steps: Sequence[Step], missing: Mapping[str, str], left: float = TOTAL_SECONDS
 ) -> Iterator[str]:
-    for i, step in enumerate(steps):
-        seconds = allotment(steps, i, left)
+    in_groups = groups(steps)
+    for i, group in enumerate(in_groups):
+        seconds = allotment(in_groups, i, left)
         left -= seconds
-        yield f"{step.name} (up to {seconds:.0f} s): {' '.join(with_deadline(step, seconds))}"
+        for k, step in enumerate(group):
+            limit = f"up to {seconds:.0f} s{', at the same time' if k else ''}"
+            yield f"{step.name} ({limit}): {' '.join(with_deadline(step, seconds))}"
     for name, reason in missing.items():
         yield f"skipped: {name}, as {reason}"

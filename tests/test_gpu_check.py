@@ -25,37 +25,99 @@ def test_gpu_check_dry_run_prints_the_plan(tmp_path):
     done = script("gpu_check.py", "--dry-run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     for step in ("environment", "tests", "tail-forward", "tail-backward", "norm-training",
-                 "conv-cost", "module", "network-training"):  # fmt: skip
+                 "conv-cost", "module", "network-inference", "network-training"):  # fmt: skip
         assert f"\n{step} (up to " in f"\n{done.stdout}"
+    assert "block-training" not in done.stdout
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("sanitizer", [None, "/opt/compute-sanitizer"])
-def test_every_planned_command_parses(sanitizer, tmp_path, bench, monkeypatch):
+def test_steps_can_be_chosen(tmp_path):
+    done = script("gpu_check.py", "--dry-run", "--seconds", "100", "--steps", "block-training",
+                  "environment", "--out", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    environment, block = done.stdout.splitlines()
+    assert environment.startswith("environment (up to 20 s)")
+    assert block.startswith("block-training (up to 80 s)")
+    done = script("gpu_check.py", "--dry-run", "--steps", "tests", "magic")
+    assert done.returncode == 2
+    assert "argument --steps: must be of environment, " in done.stderr
+    assert "got 'magic'" in done.stderr
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A machine with all the programs that steps can't do without."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_every_planned_command_parses(tmp_path, bench, tools, monkeypatch):
     gpu_plan = bench("gpu_plan")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    steps = gpu_plan.plan(tmp_path, sanitizer)
-    assert len({step.name for step in steps}) == len(steps)
-    parsed = 0
-    for step in steps:
-        for name in ("bench_psa", "conv_cost"):
+    extra = [step.name for step in gpu_plan.extra_steps(tmp_path)]
+    steps, missing = gpu_plan.plan(tmp_path)
+    named, none_missing = gpu_plan.plan(tmp_path, extra)
+    assert not missing and not none_missing
+    assert [step.name for step in named] == extra
+    assert len({step.name for step in (*steps, *named)}) == len([*steps, *named])
+    parsers = {"warm_up": "bench_psa", "bench_psa": "bench_psa", "conv_cost": "conv_cost"}
+    parsed = set()
+    for step in (*steps, *named):
+        for name, parser in parsers.items():
             if (path := str(BENCHMARKS / f"{name}.py")) in step.command:
                 command = gpu_plan.with_deadline(step, 60)
-                args = bench(name).parse(command[command.index(path) + 1 :])
+                args = bench(parser).parse(command[command.index(path) + 1 :])
                 assert args.device.type == "cuda" and args.seconds == 50
-                parsed += 1
-    assert parsed == (11 if sanitizer is None else 13)
-    assert all(gpu_plan.allotment(steps, i, 515) > 0 for i in range(len(steps)))
+                parsed.add(step.name)
+    assert {s.name for s in (*steps, *named) if s.own_deadline} - parsed <= {"tune", "counters"}
+
+
+def test_what_lacks_its_program_is_skipped_with_the_reason(tmp_path, bench, monkeypatch):
+    gpu_plan = bench("gpu_plan")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    steps, missing = gpu_plan.plan(tmp_path, ["tests", "memcheck", "counters"])
+    assert [step.name for step in steps] == ["tests"]
+    assert missing == {"memcheck": "compute-sanitizer isn't on PATH",
+                       "counters": "ncu isn't on PATH"}  # fmt: skip
+
+
+def test_only_what_is_not_timed_runs_beside_something(tmp_path, bench, tools):
+    gpu_plan = bench("gpu_plan")
+    together = [group for group in gpu_plan.groups(gpu_plan.plan(tmp_path)[0]) if len(group) > 1]
+    assert len(together) == 1
+    assert {step.kind for step in together[0]} == {"check", "warm-up"}
+    assert {"tests", "memcheck", "racecheck"} < {step.name for step in together[0]}
 
 
 def test_time_that_a_step_leaves_goes_to_later_ones(bench):
     gpu_plan = bench("gpu_plan")
-    steps = [gpu_plan.Step(name, (), weight, False) for name, weight in
-             (("a", 10), ("b", 20), ("c", 70))]  # fmt: skip
-    assert gpu_plan.allotment(steps, 0, 500) == pytest.approx(50)
-    assert gpu_plan.allotment(steps, 1, 500) == pytest.approx(500 * 20 / 90)
-    assert gpu_plan.allotment(steps, 2, 123) == pytest.approx(123)
-    assert gpu_plan.allotment(steps, 2, -3) == 0
+    names = (("a", 10), ("b", 20), ("c", 70))
+    groups = [[gpu_plan.Step(name, (), weight, "check")] for name, weight in names]
+    groups[1].append(gpu_plan.Step("beside b", (), 5, "check"))
+    assert gpu_plan.allotment(groups, 0, 500) == pytest.approx(50)
+    assert gpu_plan.allotment(groups, 1, 500) == pytest.approx(500 * 20 / 90)
+    assert gpu_plan.allotment(groups, 2, 123) == pytest.approx(123)
+    assert gpu_plan.allotment(groups, 2, -3) == 0
+
+
+def test_steps_beside_each_other_run_at_the_same_time(tmp_path, bench):
+    gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
+    wait = (
+        "import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\n"
+        "mine.touch()\nwhile not other.exists(): time.sleep(0.05)\nprint('saw', other.name)"
+    )
+    a, b = tmp_path / "a", tmp_path / "b"
+    steps = [gpu_plan.Step(mine.name, (sys.executable, "-c", wait, mine, other), 1, "check")
+             for mine, other in ((a, b), (b, a))]  # fmt: skip
+    log = tmp_path / "log.txt"
+    outcomes = gpu_check.execute_together(steps, 60, log)
+    assert [(o.name, o.status) for o in outcomes] == [("a", "passed"), ("b", "passed")]
+    text = log.read_text()
+    assert 0 < text.index("===== a") < text.index("saw b") < text.index("===== b")
 
 
 def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path, bench):
@@ -66,7 +128,7 @@ def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path
         f"print('child', p.pid, flush=True)\np.wait()"
     )
     log = tmp_path / "log.txt"
-    step = gpu_plan.Step("hangs", (sys.executable, "-c", parent), 1, False)
+    step = gpu_plan.Step("hangs", (sys.executable, "-c", parent), 1, "check")
     began = time.perf_counter()
     outcome = gpu_check.execute(step, 1.5, log)
     assert time.perf_counter() - began < 20
@@ -88,20 +150,20 @@ def is_running(pid: int) -> bool:
 
 def test_steps_that_fail_or_pass_are_told_apart(tmp_path, bench):
     gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
-    ends = {
-        code: gpu_check.execute(
-            gpu_plan.Step("tests", (sys.executable, "-c", f"raise SystemExit({code})"), 1, False),
-            30,
-            tmp_path / "log.txt",
-        )
-        for code in (0, 5, 1)
-    }
-    assert [outcome.status for outcome in ends.values()] == ["passed", "FAILED", "FAILED"]
-    assert ends[5].note == "no GPU test was found"
-    rows = [{"provider": "fused"}]
-    assert gpu_check.everything_passed([ends[0]], rows)
-    assert not gpu_check.everything_passed([ends[0], ends[1]], rows)
-    assert not gpu_check.everything_passed([ends[0]], []), "no measurement is no success"
+
+    def end(code: int, kind: str):
+        command = (sys.executable, "-c", f"raise SystemExit({code})")
+        step = gpu_plan.Step("tests", command, 1, kind)
+        return gpu_check.execute(step, 30, tmp_path / "log.txt")
+
+    passed, no_tests, failed = (end(code, "check") for code in (0, 5, 1))
+    statuses = [outcome.status for outcome in (passed, no_tests, failed)]
+    assert statuses == ["passed", "FAILED", "FAILED"]
+    assert no_tests.note == "no GPU test was found"
+    assert gpu_check.everything_passed([passed], measured=True)
+    assert not gpu_check.everything_passed([passed, no_tests], measured=True)
+    assert not gpu_check.everything_passed([passed, end(1, "measurement")], measured=True)
+    assert gpu_check.everything_passed([passed, end(1, "warm-up")], measured=True)
 
 
 def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path, bench):
@@ -112,19 +174,23 @@ def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path, bench
     measured = {
         "scope": "tail", "mode": "inference", "stage": "S1", "cache": "cold", "batch": "128",
         "dtype": "float16", "layout": "nchw", "backend": "triton", "ms_p20": 0.01,
-        "ms_p50": 0.0125, "ms_p80": 0.02, "speedup": 4.0, "percent_of_copy": 87.5, "device": "GPU",
+        "ms_p50": 0.0125, "ms_p80": 0.02, "percent_of_copy": 87.5, "device": "GPU",
     }  # fmt: skip
-    for folder, provider in (("tail-forward", "fused"), ("module", "eager"), ("memcheck", "bad")):
+    peers = [empty | measured | {"provider": provider, "ms_p50": ms} for provider, ms in
+             (("eager", 0.05), ("compile", 0.04), ("compile-max-autotune", 0.03))]  # fmt: skip
+    for folder, provider in (("tail-forward", "fused"), ("module", "cuda"), ("memcheck", "bad")):
         (scratch / folder).mkdir(parents=True)
         row = empty | measured | {"provider": provider}
-        report.write_csv(scratch / folder / "bench_psa.csv", [row])
+        report.write_csv(scratch / folder / "bench_psa.csv", [*peers, row])
     (scratch / "env.json").write_text("{}")
-    rows = gpu_check.collect(scratch, out)
-    assert {row["provider"] for row in rows} == {"fused", "eager"}
-    assert rows_of(out / "results.csv") == rows
+    tables = gpu_check.collect(scratch, out)
+    assert list(tables) == ["module", "tail-forward"]
+    assert rows_of(out / "results.csv") == [*tables["module"], *tables["tail-forward"]]
     assert {file.name for file in out.iterdir()} == {"results.csv", "env.json"}
-    table = gpu_check.summary([gpu_check.Outcome("tests", "passed", 12.3, "")], rows)
-    assert "0.0125     4.00x      87.50" in table
+    *_, line = gpu_check.summary(tables).splitlines()
+    assert line.split() == ["tail-forward", "inference", "S1", "x", "128", "nchw", "0.0500",
+                            "0.0300", "0.0125", "fused", "4.00x", "2.40x", "87.5"]  # fmt: skip
+    table = gpu_check.steps_table([gpu_check.Outcome("tests", "passed", 12.3, "")])
     assert "tests  passed" in table
 
 
@@ -156,12 +222,12 @@ def test_smi_is_only_ever_queried(bench, monkeypatch, tmp_path):
 
 def test_a_measurement_that_found_no_time_is_no_failed_check(bench):
     gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
-    passed = gpu_check.outcome(gpu_plan.Step("tests", (), 1, False), 0, 1.0)
-    rows = [{"provider": "fused"}]
-    for name, own_deadline, harmless in (
-        ("module", True, True),
-        ("memcheck", True, False),
-        ("tests", False, False),
-    ):
-        killed = gpu_check.outcome(gpu_plan.Step(name, (), 1, own_deadline), None, 1.0)
-        assert gpu_check.everything_passed([passed, killed], rows) == harmless, name
+    killed = {
+        kind: gpu_check.outcome(gpu_plan.Step("a step", (), 1, kind), None, 1.0)
+        for kind in ("measurement", "warm-up", "check")
+    }
+    passes = {kind: gpu_check.everything_passed([end], True) for kind, end in killed.items()}
+    assert passes == {"measurement": True, "warm-up": True, "check": False}
+    assert not gpu_check.everything_passed([killed["measurement"]], measured=False), (
+        "no measurement is no success"
+    )
