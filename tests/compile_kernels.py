@@ -19,12 +19,15 @@ from pathlib import Path
 
 import torch
 import triton
+from scripts import BENCHMARKS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from epsanet_fused.backends.triton import backward, forward, launch, norm_backward, norm_forward
 from epsanet_fused.layout import empty_output
+
+sys.path.insert(0, str(BENCHMARKS))
+from ahead import StandInDriver, launches
 
 STAGES = {"S1": (16, 56), "S2": (32, 28), "S3": (64, 14), "S4": (128, 7)}  # C of a branch, H = W
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -36,40 +39,14 @@ BATCHES = {"small": 1, "large": 512}
 NORM_CASES = [("S4", "fp16", "nchw", "large"), ("S1", "bf16", "channels_last", "small")]
 
 
-class StandInDriver:
-    """What the launch code asks of a driver, answered for a card that isn't there."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def main(name: str) -> None:
     kind, arch = name.split(":")
     target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
     triton.runtime.driver.set_active(StandInDriver(target))
-    compiled: list[tuple[str, object]] = []
-    launch_really = JITFunction.run
-
-    def compile_only(kernel: JITFunction, *args: object, **kwargs: object) -> object:
-        kwargs["warmup"] = True
-        result = launch_really(kernel, *args, **kwargs)
-        compiled.append((kernel.__name__, result))
-        return result
-
-    JITFunction.run = compile_only
     cases = [(run_tail, *case) for case in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES)]
     for run, stage, dtype, layout, batch in cases + [(run_norm, *case) for case in NORM_CASES]:
-        compiled.clear()
-        run(*inputs(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch]))
+        with launches(compile_only=True) as compiled:
+            run(*inputs(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch]))
         for kernel, result in compiled:
             line = {"kernel": kernel, "stage": stage, "dtype": dtype, "layout": layout}
             line |= {"batch": batch, "shared": result.metadata.shared}

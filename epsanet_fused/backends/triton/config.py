@@ -80,18 +80,21 @@ class RecalibrateConfig(NamedTuple):
     warps: int
 
 
+def sum_row(B: int, S: int, C: int, HW: int, itemsize: int, may_fold: bool = True) -> str:
+    """The row of SUM for such parts."""
+    if may_fold and S * C * HW * itemsize <= FOLD_BYTES:
+        return "fold"
+    return "large" if B * C * HW >= LARGE else "small"
+
+
 def sum_config(
     B: int, S: int, C: int, HW: int, itemsize: int, channels_last: bool, products: bool,
     interpreted: bool, may_fold: bool = True,
 ) -> SumConfig:  # fmt: skip
     """How to sum the parts, or, with two numbers to keep in mind, products of or with them."""
-    fold_gate = may_fold and S * C * HW * itemsize <= FOLD_BYTES
-    if interpreted:
-        row = SUM["interpreted"]
-    elif fold_gate:
-        row = SUM["fold"]
-    else:
-        row = SUM["large" if B * C * HW >= LARGE else "small"]
+    name = sum_row(B, S, C, HW, itemsize, may_fold)
+    fold_gate = name == "fold"
+    row = SUM["interpreted" if interpreted else name]
     block_c, block_p = _cut(
         row.product_tile if products else row.tile, row.pixels, C, HW, channels_last
     )
