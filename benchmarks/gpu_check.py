@@ -46,6 +46,7 @@ from summary import summary
 from epsanet_fused.files import write_atomically
 
 NO_GPU = 2
+SKIPPED = 77  # the exit status of a step that finds it can't run here
 # What steps write beside bench_psa.csv, which all come into results.csv. With that, log.txt and
 # plots.pdf these are at most eight files.
 FILES = ("env.json", "gpu-tests.xml", "conv-cost/conv_cost.csv", "tune/tune_triton.csv",
@@ -115,8 +116,9 @@ def outcome(step: Step, code: int | None, seconds: float) -> Outcome:
     if code is None:
         status = "OUT OF TIME" if step.kind == "check" else "INCOMPLETE"
         return Outcome(name, status, seconds, "killed; what it had written is kept")
-    if code == 0:
-        return Outcome(name, "passed", seconds, "")
+    if code in (0, SKIPPED):
+        status, note = ("skipped", "see log.txt") if code else ("passed", "")
+        return Outcome(name, status, seconds, note)
     notes = {5: "no GPU test was found"} if name == "tests" else {9: "errors found, see log.txt"}
     status = "INCOMPLETE" if step.kind == "warm-up" else "FAILED"
     return Outcome(name, status, seconds, notes.get(code, f"exit status {code}, see log.txt"))

@@ -194,7 +194,7 @@ def extra_steps(scratch: Path) -> list[Step]:
                  "--providers", "eager", "compile-max-autotune", "compile", "fused")  # fmt: skip
     return [
         measured(scratch, "tune", 150, "tune_triton.py"),
-        measured(scratch, "counters", 60, "counters.py")._replace(needs="ncu"),
+        measured(scratch, "counters", 100, "counters.py")._replace(needs="ncu"),
         psa(scratch, "block-inference", 60, "block", "inference", *block, "optimized-graph"),
         psa(scratch, "block-training", 60, "block", "training", *block, *PLANNED),
         psa(scratch, "autotuned-inference", 200, "network", "inference", *autotuned,

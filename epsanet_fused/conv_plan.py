@@ -51,6 +51,18 @@ class Problem(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def in_tf32(self) -> bool:
+        """Whether cuDNN may round the factors of these products to ten bits of mantissa."""
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return self.device.type == "cuda" and self.dtype == torch.float32 and allowed
+
+    @property
+    def rounding(self) -> float:
+        """How far, of the largest result, any way to compute it may be from any other."""
+        eps = torch.finfo(torch.float16 if self.in_tf32 else self.dtype).eps  # ten bits each
+        return max(4 * eps, 1e-5)
+
     def key(self) -> str:
         """The problem and the machine in a line of text."""
         geometry = ("kernel", "stride", "padding", "dilation")
@@ -59,7 +71,7 @@ class Problem(NamedTuple):
                 device_name(self.device),
                 library_versions(self.device),
                 "training" if self.training else "inference",
-                str(self.dtype).removeprefix("torch."),
+                "tf32" if self.in_tf32 else str(self.dtype).removeprefix("torch."),
                 _FORMAT_NAMES[self.memory_format],
                 f"{_by(self.shape)} to {self.channels} in {self.groups} groups",
                 *(f"{name} {_by(getattr(self, name))}" for name in geometry),
@@ -254,7 +266,7 @@ def fastest(problem: Problem) -> ConvPlan:
         calls = {own: _call(problem, conv, x, own)}
         for plan in others:
             call = _call(problem, conv, x, plan)
-            if _agrees(call(), true):
+            if _agrees(call(), true, problem.rounding):
                 calls[plan] = call
         clock = make_clock(problem.device)
         best = float("inf")
@@ -288,9 +300,8 @@ def _call(
     return train
 
 
-def _agrees(results: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> bool:
+def _agrees(results: tuple[Tensor, ...], true: tuple[Tensor, ...], rounding: float) -> bool:
     """Whether it is what the convolution as it is gives, within rounding. Libraries do err."""
-    rounding = max(4 * torch.finfo(results[0].dtype).eps, 1e-5)
     return all(
         bool((out.to(exact) - exact).abs().max() <= rounding * exact.abs().max())
         for out, exact in zip(results, true, strict=True)

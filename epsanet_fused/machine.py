@@ -26,7 +26,8 @@ def device_name(device: torch.device) -> str:
 
 
 def library_versions(device: torch.device) -> str:
-    """The versions of PyTorch and of the library that runs its convolutions there."""
+    """The versions of PyTorch and of the library that runs its convolutions there, and how."""
     if device.type == "cuda":
-        return f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+        how = " autotuned" if torch.backends.cudnn.benchmark else ""
+        return f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}{how}"
     return f"torch {torch.__version__}"  # which has its oneDNN inside

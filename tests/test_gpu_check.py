@@ -64,7 +64,8 @@ def test_every_planned_command_parses(tmp_path, bench, tools, monkeypatch):
     assert not missing and not none_missing
     assert [step.name for step in named] == extra
     assert len({step.name for step in (*steps, *named)}) == len([*steps, *named])
-    parsers = {"warm_up": "bench_psa", "bench_psa": "bench_psa", "conv_cost": "conv_cost"}
+    parsers = {"warm_up": "bench_psa", "bench_psa": "bench_psa", "conv_cost": "conv_cost",
+               "tune_triton": "tune_triton", "counters": "counters"}  # fmt: skip
     parsed = set()
     for step in (*steps, *named):
         for name, parser in parsers.items():
@@ -73,7 +74,7 @@ def test_every_planned_command_parses(tmp_path, bench, tools, monkeypatch):
                 args = bench(parser).parse(command[command.index(path) + 1 :])
                 assert args.device.type == "cuda" and args.seconds == 50
                 parsed.add(step.name)
-    assert {s.name for s in (*steps, *named) if s.own_deadline} - parsed <= {"tune", "counters"}
+    assert {step.name for step in (*steps, *named) if step.own_deadline} == parsed
 
 
 def test_what_lacks_its_program_is_skipped_with_the_reason(tmp_path, bench, monkeypatch):
@@ -110,9 +111,9 @@ def test_steps_beside_each_other_run_at_the_same_time(tmp_path, bench):
         "import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\n"
         "mine.touch()\nwhile not other.exists(): time.sleep(0.05)\nprint('saw', other.name)"
     )
-    a, b = tmp_path / "a", tmp_path / "b"
-    steps = [gpu_plan.Step(mine.name, (sys.executable, "-c", wait, mine, other), 1, "check")
-             for mine, other in ((a, b), (b, a))]  # fmt: skip
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    commands = {"a": (sys.executable, "-c", wait, a, b), "b": (sys.executable, "-c", wait, b, a)}
+    steps = [gpu_plan.Step(name, command, 1, "check") for name, command in commands.items()]
     log = tmp_path / "log.txt"
     outcomes = gpu_check.execute_together(steps, 60, log)
     assert [(o.name, o.status) for o in outcomes] == [("a", "passed"), ("b", "passed")]
@@ -164,6 +165,9 @@ def test_steps_that_fail_or_pass_are_told_apart(tmp_path, bench):
     assert not gpu_check.everything_passed([passed, no_tests], measured=True)
     assert not gpu_check.everything_passed([passed, end(1, "measurement")], measured=True)
     assert gpu_check.everything_passed([passed, end(1, "warm-up")], measured=True)
+    skipped = end(77, "measurement")
+    assert skipped.status == "skipped"
+    assert gpu_check.everything_passed([passed, skipped], measured=True)
 
 
 def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path, bench):
