@@ -113,7 +113,8 @@ def plan_convs(
     under autocast, it measures the convolutions in the dtype that autocast runs them in.
 
     Args:
-        module: a PSA module, or a model that holds some. It is run once, in its own mode.
+        module: a PSA module, or a model that holds some. It is run once, in its own mode, and is
+            afterwards as it was, running statistics included.
         example_input: what it is called with: a tensor, or a tuple of arguments.
         memory_format: of the activations; None takes each convolution's input as it comes.
         training: measure forward and backward together, with merged groups only.
@@ -202,12 +203,15 @@ def inputs_of(
         module.register_forward_pre_hook(functools.partial(remember, name=name))
         for name, module in modules.items()
     ]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
             model(*as_arguments(example_input))
     finally:
         for hook in hooks:
             hook.remove()
+        for buffer, value in before:
+            buffer.copy_(value)
     return {name: x.detach() for name, x in seen.items() if isinstance(x, Tensor)}
 
 

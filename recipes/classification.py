@@ -45,7 +45,7 @@ from processes import (
 from record import Record
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import Means, Trainer, autocast, load_weights, progress_bar
+from training import Means, Trainer, autocast, load_weights, merge_groups, progress_bar
 
 import epsanet_fused as ef
 from epsanet_fused.checkpoint import read_checkpoint
@@ -209,6 +209,10 @@ def train(args: argparse.Namespace, world: World) -> None:
     if args.weights:
         fine_tune(model, args.weights, world)
     model.to(world.device, memory_format=memory_format(args))
+    if args.merge_groups:
+        size = (dealt.micro, 3, args.image_size, args.image_size)
+        images = torch.randn(size, device=world.device).to(memory_format=memory_format(args))
+        merge_groups(model, images, world, args.amp, record.plans)
     trainer = make_trainer(args, model, world)
     if args.resume:
         record.resume(trainer, args.resume)
@@ -266,6 +270,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image-size", type=integer(32, 4096), default=224, help="of the crops, pixels (224)")
     add("--amp", action="store_true", help="float16 where it serves, on cpu bfloat16")
     add("--channels-last", action="store_true", help="memory format of images and weights")
+    add("--merge-groups", action="store_true",
+        help="of convolutions, where measured to be faster; kept in OUT/plans.json")  # fmt: skip
     add("--ema", type=share, metavar="DECAY", help="evaluate and keep an average of the weights")
     add("--workers", type=integer(0, 1024), default=4, help="that load data, per process (4)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="of all that is random (0)")

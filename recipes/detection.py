@@ -24,6 +24,7 @@ Needs torchvision, pycocotools and tqdm.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -51,7 +52,7 @@ from record import Record
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
-from training import Means, Trainer, autocast, load_weights, progress_bar
+from training import Means, Trainer, autocast, load_weights, merge_groups, progress_bar
 
 from epsanet_fused.integrations.torchvision import (
     fasterrcnn_epsanet50_fpn,
@@ -218,6 +219,14 @@ def make_trainer(args: argparse.Namespace, model: nn.Module, world: World) -> Tr
     )
 
 
+def usual_images(args: argparse.Namespace, count: int, world: World) -> Tensor:
+    """Noise of the size that most images come in: three by four, in multiples of 32 pixels."""
+    sides = (args.min_size, min(args.max_size, args.min_size * 4 // 3))
+    height, width = (math.ceil(side / 32) * 32 for side in sides)
+    images = torch.randn(count, 3, height, width, device=world.device)
+    return images.to(memory_format=memory_format(args))
+
+
 def train(args: argparse.Namespace, world: World) -> None:
     truth, val = read(args, "train", world), read(args, "val", world)
     check_categories(truth, val)
@@ -231,6 +240,9 @@ def train(args: argparse.Namespace, world: World) -> None:
     options |= {"micro_batch": dealt.micro, "categories": truth.categories}
     record = Record(args.out, world, name_of(args), options, args.resume)
     model = build(args, truth).to(world.device, memory_format=memory_format(args))
+    if args.merge_groups:
+        images = usual_images(args, dealt.micro, world)
+        merge_groups(model.backbone, images, world, args.amp, record.plans)
     trainer = make_trainer(args, model, world)
     if args.resume:
         record.resume(trainer, args.resume)
@@ -296,6 +308,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-size", type=integer(32, 2**14), default=1333, help="its longer, at most (1333)")
     add("--amp", action="store_true", help="float16 where it serves, on cpu bfloat16")
     add("--channels-last", action="store_true", help="memory format of the weights")
+    add("--merge-groups", action="store_true",
+        help="of convolutions, where measured to be faster; kept in OUT/plans.json")  # fmt: skip
     add("--workers", type=integer(0, 1024), default=4, help="that load data, per process (4)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="of all that is random (0)")
     add("--device", help="cpu, cuda, ... (cuda where there is one)")

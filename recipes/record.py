@@ -43,6 +43,7 @@ class Record:
     ) -> None:
         self.folder, self.world, self.arch, self.options = folder, world, arch, options
         self.checkpoint = folder / "checkpoint.pth.tar"
+        self.plans = folder / "plans.json"  # see training.merge_groups
         self.epoch, self.best = 0, -math.inf
         self.rows: list[Row] = []
         goes_on_here = resume is not None and resume.parent.resolve() == folder.resolve()

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import epsanet_fused as ef
+from epsanet_fused.planned_conv import ConvPlan
 
 CHECK_EVERY = 20  # steps from one look at the loss to the next: each waits for the device
 
@@ -72,6 +73,35 @@ def autocast(world: World, amp: bool) -> torch.autocast:
     """Mixed precision if ``amp``: float16 on cuda, bfloat16 elsewhere."""
     dtype = torch.float16 if world.device.type == "cuda" else torch.bfloat16
     return torch.autocast(world.device.type, dtype, enabled=amp)
+
+
+def merge_groups(model: nn.Module, images: Tensor, world: World, amp: bool, file: Path) -> None:
+    """Have the model's convolutions run with groups merged, where that trains faster here.
+
+    Args:
+        images: like those of a micro-batch.
+        file: holds what was measured; the first process adds what is missing, and all follow it.
+
+    Raises:
+        InputError: if the file holds something else.
+    """
+
+    def plans() -> dict[str, ConvPlan]:
+        try:
+            with autocast(world, amp):
+                return ef.plan_convs(model, images, training=True, file=file)
+        except ValueError as error:
+            raise InputError(first_line(error)) from None
+
+    world.say("measuring which groups of the convolutions to merge")
+    if world.is_first:
+        plans()
+    world.gather(None)  # by now it has written them
+    found = plans()
+    ef.use_plans(model, found)
+    convs = dict(model.named_modules())
+    merged = sum(plan.groups < convs[name].groups for name, plan in found.items())
+    world.say(f"{merged} of {len(found)} convolutions run with fewer groups, see {file}")
 
 
 class Trainer:

@@ -115,6 +115,15 @@ def test_names_the_grouped_convolutions_of_psa_modules():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_model_in_training_is_left_as_it_was():
+    model = small().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan_convs(model, torch.randn(2, 3, 48, 40), training=True)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_what_is_known_is_not_measured_again(monkeypatch, tmp_path):
     module, file = ef.PSAModule(64, 64), tmp_path / "plans.json"
     x = torch.randn(1, 64, 8, 8)

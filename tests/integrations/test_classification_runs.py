@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -147,3 +148,41 @@ def test_two_processes_are_one_with_as_many_micro_batches(data: Path, folder: Pa
             {k: v for k, v in c[part].items() if "num_batches" not in k} for c in (found, expected)
         )
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_measured_of_groups_stays_with_the_run(data: Path, folder: Path) -> None:
+    """Merged groups round otherwise: a resumed run has to have the same ones."""
+    options = (data, *OPTIONS, "--workers", 0, "--merge-groups")
+    resumed, whole = folder / "measured", folder / "given"
+    done = recipe(RECIPE, *options, "--out", resumed, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    said = r"\n[1-9]\d* of 48 convolutions run with fewer groups, see .*/measured/plans.json\n"
+    assert re.search(said, done.stdout)
+    plans = (resumed / "plans.json").read_bytes()
+    whole.mkdir()
+    (whole / "plans.json").write_bytes(plans)
+    for out, start in ((resumed, ("--resume", resumed / "checkpoint.pth.tar")), (whole, ())):
+        done = recipe(RECIPE, *options, "--out", out, "--epochs", 2, *start)
+        assert done.returncode == 0, done.stderr
+        assert (out / "plans.json").read_bytes() == plans, "measured once"
+    assert numbers(resumed) == numbers(whole)
+    assert_same_weights(resumed / "checkpoint.pth.tar", whole / "checkpoint.pth.tar")
+
+
+def test_processes_share_what_the_first_has_measured(data: Path, folder: Path) -> None:
+    out = folder / "shared"
+    options = ("--out", out, *OPTIONS, "--workers", 0, "--merge-groups", "--epochs", 1)
+    done = recipe(RECIPE, data, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("convolutions run with fewer groups") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_plans_of_something_else_are_refused(data: Path, folder: Path) -> None:
+    out = folder / "refused"
+    out.mkdir()
+    (out / "plans.json").write_text("[]")
+    done = recipe(RECIPE, data, "--out", out, *OPTIONS, "--workers", 0, "--merge-groups")
+    assert done.returncode == 2
+    assert "plans.json doesn't" in done.stderr.splitlines()[-1]
+    assert (out / "plans.json").read_text() == "[]"

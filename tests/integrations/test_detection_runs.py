@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -150,3 +151,14 @@ def test_mask_rcnn_in_mixed_precision(folder: Path, backbone: Path) -> None:
     assert evaluated.returncode == 0, evaluated.stderr
     for name in (*BOX, *MASK):
         assert f"{name} {float(rows[1][name]):.4f}" in evaluated.stdout
+
+
+def test_groups_of_the_backbone_are_merged(folder: Path, backbone: Path) -> None:
+    data, out = write_coco(folder / "merged_data", train=3, val=2), folder / "merged"
+    options = ("--amp", "--channels-last", *SMALL, "--epochs", 1, "--batch-size", 1)
+    start = ("--merge-groups", "--weights", backbone)
+    done = detection(data, "--out", out, *options, *start)
+    assert done.returncode == 0, done.stderr
+    assert "of 48 convolutions run with fewer groups" in done.stdout
+    keys = json.loads((out / "plans.json").read_text())
+    assert all("training, bfloat16, channels_last" in key for key in keys), "as --amp runs them"
