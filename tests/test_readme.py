@@ -16,7 +16,12 @@ README = PAGES[0].read_text()
 
 
 def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    use, operator, fuse, inference_block = python_blocks(PAGES[0], needs_more=False)
+    monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    all_candidates = conv_plan.candidates
+    monkeypatch.setattr(conv_plan, "candidates", lambda problem: all_candidates(problem)[:2])
+    use, operator, training, fuse, inference_block = python_blocks(PAGES[0], needs_more=False)
     names: dict[str, object] = {}
     exec(use, names)
     assert names["logits"].shape == (2, 10)
@@ -26,12 +31,11 @@ def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     names |= {"fc2_weight": se.fc2.weight, "fc2_bias": se.fc2.bias}
     exec(operator, names)
     assert names["out"].shape == (2, 64, 5, 5)
+    exec(training, names)
+    assert names["images"].shape == (2, 3, 224, 224)
     names["model"] = ef.epsanet50(num_classes=10, fused=False)
     exec(fuse, names)
     assert isinstance(names["model"].layer4[2].conv2, ef.FusedPSAModule)
-    monkeypatch.setattr(inference, "SECONDS", 0.0)
-    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
-    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
     exec(inference_block, names)
     assert names["fast"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
