@@ -35,34 +35,43 @@ class GraphedModel(nn.Module):
     def forward(self, *args: Any) -> Tensor:
         if tuple(_signature(t) for t in args) != self._like:
             return self.model(*args)
-        versions = [t._version for t in self._tensors]
+        versions = [0 if t.is_inference() else t._version for t in self._tensors]
         if self._graph is None or self._graph[3] != versions:
             self._graph = (*self._capture(args), versions)
         graph, inputs, output, _ = self._graph
-        for mine, given in zip(inputs, args, strict=True):
-            mine.copy_(given)
+        with torch.no_grad():
+            for mine, given in zip(inputs, args, strict=True):
+                mine.copy_(given)
         graph.replay()
         return output.clone()  # the next replay writes over it
 
     def _capture(
         self, args: tuple[Tensor, ...]
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        inputs = [t.clone() for t in args]
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(3):
-                output = self.model(*inputs)
-            if not isinstance(output, Tensor):
-                raise ValueError(
-                    f"optimize_for_inference: cuda_graph needs a model that returns one tensor, "
-                    f"got {type(output).__name__}"
-                )
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                output = self.model(*inputs)
+        # What is made in inference mode couldn't be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = [t.clone() for t in args]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph, output = self._record(stream, inputs)
         torch.cuda.current_stream().wait_stream(stream)
         return graph, inputs, output
+
+    def _record(
+        self, stream: torch.cuda.Stream, inputs: list[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        for _ in range(3):
+            output = self.model(*inputs)
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"optimize_for_inference: cuda_graph needs a model that returns one tensor, "
+                f"got {type(output).__name__}"
+            )
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = self.model(*inputs)
+        return graph, output
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return self.model.state_dict(*args, **options)

@@ -83,3 +83,12 @@ def test_a_graph_follows_its_parameters_and_keeps_results_apart():
         torch.testing.assert_close(made(x), made.model(x), rtol=1e-4, atol=1e-4)
         for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
             torch.testing.assert_close(twin(x), made(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_captured_in_inference_mode_serves_outside_of_it():
+    model, x = case(torch.float32)
+    made = inference.GraphedModel(model, (x,))
+    with torch.inference_mode():
+        first = made(x)
+    later = made(x.clone().requires_grad_())
+    assert torch.equal(later, first) and not later.requires_grad
