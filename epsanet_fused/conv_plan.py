@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epsanet_fused.files import write_atomically
-from epsanet_fused.machine import device_name, library_versions
+from epsanet_fused.machine import conv_eps, device_name, library_versions
 from epsanet_fused.modules import CONVS, FusedPSAModule, is_psa
 from epsanet_fused.planned_conv import ConvPlan, PlannedConv, merged_conv
 from epsanet_fused.progress import progress
@@ -52,26 +52,20 @@ class Problem(NamedTuple):
     groups: int
 
     @property
-    def in_tf32(self) -> bool:
-        """Whether cuDNN may round the factors of these products to ten bits of mantissa."""
-        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
-        return self.device.type == "cuda" and self.dtype == torch.float32 and allowed
-
-    @property
-    def rounding(self) -> float:
-        """How far, of the largest result, any way to compute it may be from any other."""
-        eps = torch.finfo(torch.float16 if self.in_tf32 else self.dtype).eps  # ten bits each
-        return max(4 * eps, 1e-5)
+    def eps(self) -> float:
+        """The relative rounding of the products."""
+        return conv_eps(self.dtype, self.device)
 
     def key(self) -> str:
         """The problem and the machine in a line of text."""
+        own = self.eps == torch.finfo(self.dtype).eps
         geometry = ("kernel", "stride", "padding", "dilation")
         return ", ".join(
             [
                 device_name(self.device),
                 library_versions(self.device),
                 "training" if self.training else "inference",
-                "tf32" if self.in_tf32 else str(self.dtype).removeprefix("torch."),
+                str(self.dtype).removeprefix("torch.") + ("" if own else " as tf32"),
                 _FORMAT_NAMES[self.memory_format],
                 f"{_by(self.shape)} to {self.channels} in {self.groups} groups",
                 *(f"{name} {_by(getattr(self, name))}" for name in geometry),
@@ -268,9 +262,10 @@ def fastest(problem: Problem) -> ConvPlan:
         wide = torch.promote_types(problem.dtype, torch.float32)
         true = _call(problem, copy.deepcopy(conv).to(wide), x.to(wide), own)()
         calls = {own: _call(problem, conv, x, own)}
+        rounding = max(4 * problem.eps, 1e-5)
         for plan in others:
             call = _call(problem, conv, x, plan)
-            if _agrees(call(), true, problem.rounding):
+            if _agrees(call(), true, rounding):
                 calls[plan] = call
         clock = make_clock(problem.device)
         best = float("inf")

@@ -31,3 +31,12 @@ def library_versions(device: torch.device) -> str:
         how = " autotuned" if torch.backends.cudnn.benchmark else ""
         return f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}{how}"
     return f"torch {torch.__version__}"  # which has its oneDNN inside
+
+
+def conv_eps(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative rounding of what a convolution there multiplies.
+
+    cuDNN may take TF32 for float32, whose significand is float16's; by default PyTorch lets it.
+    """
+    tf32 = device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.finfo(torch.float16 if tf32 and dtype == torch.float32 else dtype).eps

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from epsanet_fused.conv_plan import inputs_of
 from epsanet_fused.hooks import hooked
+from epsanet_fused.machine import conv_eps
 from epsanet_fused.modules import CONVS, is_psa
 from epsanet_fused.planned_blocks import (
     PassedNorm,
@@ -151,7 +152,7 @@ def _differs(name: str, module: nn.Module, x: Tensor | None) -> str | None:
         return "its output isn't that of such a module"
     true, out = true.double(), out.double()
     distance = ((out - true).norm() / (true.norm() or 1)).item()
-    allowed = max(1e-4, 16 * torch.finfo(x.dtype).eps)
+    allowed = max(1e-4, 16 * conv_eps(x.dtype, x.device))
     if not distance <= allowed:
         return f"it computes something else: {distance:.1e} from what such a module gives"
     return None

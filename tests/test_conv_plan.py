@@ -181,15 +181,15 @@ def test_threads_and_versions_are_part_of_the_key(monkeypatch, threads):
     assert len(keys) == 3
 
 
-def test_where_cudnn_may_round_to_tf32_no_plan_is_wrong_for_it(monkeypatch):
+def test_float32_counts_as_tf32_where_cudnn_may_take_that(monkeypatch):
     monkeypatch.setattr(conv_plan, "device_name", str)
     on_card = problem(device=torch.device("cuda"))
-    assert on_card.rounding > 2**-10 > problem().rounding
-    assert on_card._replace(dtype=torch.float64).rounding <= 1e-5
-    tf32 = on_card.key()
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        assert on_card.rounding == problem().rounding
-        assert on_card.key() != tf32
+    assert on_card.eps == torch.finfo(torch.float16).eps
+    assert on_card._replace(dtype=torch.float64).eps == torch.finfo(torch.float64).eps
+    key = on_card.key()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert on_card.eps == problem().eps == torch.finfo(torch.float32).eps
+        assert on_card.key() != key
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": [1, 2]}', '{"a": [1, 1, 1, "odd"]}'])

@@ -50,6 +50,14 @@ def test_all_rewrites_at_most_double_the_error(dtype, memory_format, block):
         assert (made(x).double() - true).norm() <= limit
 
 
+def test_float32_is_rewritten_where_cudnn_rounds_it_to_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, x = case(torch.float32)
+    with torch.no_grad():
+        targets = find_targets(model, (x,))
+    assert len(targets.blocks) == 5 and not targets.left_alone
+
+
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_the_whole_way(dtype, cuda_graph):

@@ -101,11 +101,16 @@ def test_any_strides(view: str, dtype: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [SHAPES["S1"], SHAPES["S4"]._replace(B=16)], ids=["S1", "S4"])
 def test_a_large_mean_and_a_small_variance(shape: Shape, layout: str) -> None:
-    """1e3 +- 1e-1, and all samples with the attention 1 / S: else its spread is the variance."""
+    """1e3 +- 1e-1, and all samples with the attention 1 / S: else its spread is the variance.
+
+    Without fc's gradients: of numbers that large nothing but roundings is left in them.
+    """
     case = on_card(shape, "fp32", layout, change=lambda bs: [1e3 + 0.1 * x for x in bs])
     case.fc[2].zero_()
     case.fc[3].zero_()
-    check(case._replace(affine=[case.affine[0], thresholds(case, case.affine[0])]))
+    case = case._replace(affine=[case.affine[0], thresholds(case, case.affine[0])])
+    results = (evaluate_norm(ef.psa_tail_norm, case), *expected_norm(case))
+    assert_accurate(*(r[:5] + r[9:] for r in results))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
@@ -233,7 +238,7 @@ def test_a_block_trains_as_the_plain_one(layout: str) -> None:
 
 def test_a_block_under_autocast() -> None:
     x = torch.randn(8, 64, 28, 28, device="cuda")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = block(fused=False)(x)
     model = block(fused=True)
     with torch.autocast("cuda", torch.float16):

@@ -269,7 +269,8 @@ def test_the_whole_network_in_training(fused: str) -> None:
     x = torch.randn(8, 3, 96, 96, device="cuda")
     exact = ef.epsanet50(num_classes=10, fused=False).cuda().double()
     exact.load_state_dict(plain.state_dict())
-    with torch.backends.cudnn.flags(allow_tf32=False):  # or its rounding would hide any other
+    # Or its rounding would hide any other.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits = {"fused": model(x), "plain": plain(x), "exact": exact(x.double())}
         for out in logits.values():
             out.square().mean().backward()
