@@ -170,7 +170,11 @@ class PlannedConv(Derived):
                 if run is run_onednn and self.plan.memory_format == torch.channels_last:
                     call = self._pack(call, x)
         if self.plan.tile == (1, 1):
-            return run(call, x, residual, relu, overwrite)
+            try:
+                return run(call, x, residual, relu, overwrite)
+            except NoEngineError:  # such as for three channels in 16 bits, perhaps
+                self.fused_calls = False
+                return run_plain(call, x, residual, relu)
         return _then(self._convolve_wide(call, run, x), residual, relu)
 
     def _convolve_wide(self, call: Call, run, x: Tensor) -> Tensor:
@@ -224,6 +228,10 @@ def fused_call(device_type: str, dtype: torch.dtype):
     return run_plain
 
 
+class NoEngineError(RuntimeError):
+    """cuDNN can't run this convolution and what follows it in one call."""
+
+
 # Each of these gives relu(call(x) + residual), in the residual's memory if overwrite allows it.
 def run_plain(
     call: Call,
@@ -271,9 +279,14 @@ def run_cudnn(
     if not relu:
         return run_plain(call, x, residual)
     geometry = (stride, padding, dilation, groups)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    try:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NoEngineError(str(error)) from error
 
 
 def merged_conv(x: Tensor, conv: nn.Conv2d, groups: int) -> Tensor:

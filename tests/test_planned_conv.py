@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from epsanet_fused import planned_conv
 from epsanet_fused.conv_plan import TALL_TILES
 from epsanet_fused.conv_weights import merge_weight, narrow, widen_weight
 from epsanet_fused.planned_conv import ConvPlan, PlannedConv, merged_conv
@@ -289,3 +290,35 @@ def test_sixteen_bit_is_folded_in_float32():
             out = planned(conv, bn, run, torch.channels_last)(x)
             assert out.dtype == torch.bfloat16
             assert (out.double() - true).norm() <= 2 * (plain.double() - true).norm()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_where_cudnn_has_no_engine_the_call_is_made_in_parts(residual, monkeypatch):
+    """As on a card; here its fused calls stand for those that find none."""
+    asked = []
+
+    def no_engine(*args):
+        asked.append(args)
+        raise RuntimeError("Unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", no_engine)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", no_engine)
+    monkeypatch.setattr(planned_conv, "fused_call", lambda *_: planned_conv.run_cudnn)
+    conv, x = nn.Conv2d(3, 3, 3, padding=1), torch.randn(2, 3, 8, 8)
+    z = torch.randn(2, 3, 8, 8) if residual else None
+    with torch.no_grad():
+        module = PlannedConv(conv)
+        for _ in range(2):
+            out = module(x, z, relu=True)
+            torch.testing.assert_close(out, torch.relu(conv(x) + (z if residual else 0)))
+    assert len(asked) == 1, "it isn't asked again"
+
+
+def test_running_out_of_memory_is_no_missing_engine(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", full)
+    monkeypatch.setattr(planned_conv, "fused_call", lambda *_: planned_conv.run_cudnn)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        PlannedConv(nn.Conv2d(3, 3, 3))(torch.randn(2, 3, 8, 8), relu=True)

@@ -7,8 +7,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 // A kernel of at most so many threads, so many blocks of which are to fit a processor.
 #define PSA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -181,6 +184,22 @@ PSA_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* b
 }
 #endif
 
+// Lets a kernel have so many bytes of dynamic shared memory on the current device. What it may have
+// only grows: a thread that launches it with few mustn't take them from one that needs many.
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
 // Launches a kernel that takes one struct. More than one block in a cluster needs sm_90.
 template <class Params>
 void launch(void (*kernel)(Params), const char* name, int64_t blocks, int threads, int cluster,
@@ -191,8 +210,7 @@ void launch(void (*kernel)(Params), const char* name, int64_t blocks, int thread
   }
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    error = allow_shared(reinterpret_cast<const void*>(kernel), int(shared_bytes));
   }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
