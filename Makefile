@@ -47,7 +47,7 @@ lint: $(READY)
 
 # Runs with what the machine has: no network, no .venv. See benchmarks/gpu_check.py.
 gpu-check:
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
 $(READY): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

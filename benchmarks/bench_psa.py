@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 # The profiler that counts memory would announce each of its starts on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "10")
@@ -47,9 +48,14 @@ NECESSARY = {"inference": 2, "training": 5, "backward": 3}
 LAYOUTS = ("nchw", "channels_last")
 # The most of the time left that a case may spend on making its providers ready.
 PREPARING = 0.7
-# The row of each provider, and what there is to time of those whose results are right.
-Checked = tuple[dict[str, dict[str, object]], dict[str, Prepared]]
 Judges = dict[str | None, Judge]  # of ours, and of each rival
+
+
+class Attempt(NamedTuple):
+    """A provider's row, and what there is to time if its result is right."""
+
+    row: dict[str, object]
+    step: Prepared | None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -68,6 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--providers", choices=tuple(PROVIDERS), nargs="+", help="default: all that can run here")
     add("--threads", type=positive_int, help="CPU threads; default: 1 where the CPU is timed")
     add("--input", choices=("photos", "randn"), default="photos")
+    add("--no-plot", action="store_true", help="write the CSV only")
     add("--reps", type=positive_int, default=200, help="most samples of each timing")
     add_shared(parser, 100.0, "no case is begun after so many seconds")
     args = parser.parse_args(argv)
@@ -139,16 +146,25 @@ class Bench:
         a share, but when most of all that is left is gone, the rest is left out.
         """
         began = time.perf_counter()
-        self._deadline = began + PREPARING * left
+        deadline = began + PREPARING * left
         torch._dynamo.reset()  # one case's compilations don't count against the next one's limit
         cases = layouts(settings)
         workloads = [self.source.workload(case) for case in cases]
         judges = self._judges(workloads[0], cases[0])  # the truth is the same in any layout
-        attempts = [
-            self._check(workload, case, judges, case is cases[0])
-            for workload, case in zip(workloads, cases, strict=True)
-        ]
-        rows, steps = self._faster(attempts)
+        found: dict[str, Attempt] = {}
+        for name in self.names:
+            provider = PROVIDERS[name]
+            if not provider.fits(settings.scope, settings.mode):
+                continue
+            if found and time.perf_counter() > deadline:
+                row = self._row(settings, name) | {"note": "skipped: out of time"}
+                found[name] = Attempt(row, None)
+                continue
+            tries = list(zip(workloads, cases, strict=True))[: 1 if provider.own_layout else None]
+            judge = judges[rival_of(name)]
+            found[name] = self._faster([self._try(name, *one, judge) for one in tries])
+        rows = {name: attempt.row for name, attempt in found.items()}
+        steps = {name: attempt.step for name, attempt in found.items() if attempt.step is not None}
         workload = workloads[0]
         for name, step in steps.items():
             if step.memory_step is not None:
@@ -167,18 +183,15 @@ class Bench:
                     row |= figures(timings[name], timings, workload.output_bytes, necessary)
                 self.rows.append(row)
 
-    def _faster(self, attempts: list[Checked]) -> Checked:
-        """Of each provider the attempt in the layout in which it is faster."""
-        rows, steps = attempts[0]
+    def _faster(self, attempts: list[Attempt]) -> Attempt:
+        """The one in the layout in which the provider is faster."""
+        right = {str(i): one.step for i, one in enumerate(attempts) if one.step is not None}
+        if len(right) < 2:
+            return attempts[int(next(iter(right), 0))]
         clock = next(iter(self.clocks.values()))
-        for other_rows, other_steps in attempts[1:]:
-            for name, step in other_steps.items():
-                both = {"other": step} | ({"first": steps[name]} if name in steps else {})
-                pair = {key: _variant(s) for key, s in both.items()}
-                timings = interleave(pair, clock, reps=5, seconds=0)
-                if min(timings, key=lambda key: timings[key].p50) == "other":
-                    rows[name], steps[name] = other_rows[name], step
-        return rows, steps
+        pair = {key: _variant(step) for key, step in right.items()}
+        timings = interleave(pair, clock, reps=5, seconds=0)
+        return attempts[int(min(timings, key=lambda key: timings[key].p50))]
 
     def fail(self, settings: Settings, error: Exception) -> None:
         """A case that came to nothing, such as one that doesn't fit into memory."""
@@ -194,39 +207,21 @@ class Bench:
         wanted = {rival_of(name) for name in self.names}
         return {name: Judge(judged[name], settings) for name in wanted}
 
-    def _check(
-        self, workload: Workload, settings: Settings, judges: Judges, first: bool
-    ) -> Checked:
-        """A row for each provider, and what there is to time of those whose results are right.
-
-        Those that choose their layout themselves are there at the first attempt only.
-        """
-        rows: dict[str, dict[str, object]] = {}
-        steps: dict[str, Prepared] = {}
-        for name in self.names:
-            provider = PROVIDERS[name]
-            again = provider.own_layout and not first
-            if again or not provider.fits(settings.scope, settings.mode):
-                continue
-            row = rows[name] = self._row(settings, name)
-            if rows.keys() != {name} and time.perf_counter() > self._deadline:
-                row["note"] = "skipped: out of time"
-                continue
-            try:
-                step = provider.prepare(workload, settings.mode, settings.autocast)
-                with ef.use_backend(step.choice):
-                    verdict = judges[rival_of(name)].judge(step.step())
-            except Exception as error:  # one broken provider must not take the others along
-                # Half a backend may not take every problem, and says so.
-                refused = name in VARIANTS and isinstance(error, ValueError)
-                row |= {"note": str(error)} if refused else failure(error)
-                continue
-            row |= {"backend": step.backend, **verdict._asdict()}
-            if verdict.ok:
-                steps[name] = step
-            else:
-                row["note"] = "WRONG: the error is over its bound, so it isn't timed"
-        return rows, steps
+    def _try(self, name: str, workload: Workload, settings: Settings, judge: Judge) -> Attempt:
+        row = self._row(settings, name)
+        try:
+            step = PROVIDERS[name].prepare(workload, settings.mode, settings.autocast)
+            with ef.use_backend(step.choice):
+                verdict = judge.judge(step.step())
+        except Exception as error:  # one broken provider must not take the others along
+            # Half a backend may not take every problem, and says so.
+            refused = name in VARIANTS and isinstance(error, ValueError)
+            return Attempt(row | ({"note": str(error)} if refused else failure(error)), None)
+        row |= {"backend": step.backend, **verdict._asdict()}
+        if verdict.ok:
+            return Attempt(row, step)
+        note = "WRONG: the error is over its bound, so it isn't timed"
+        return Attempt(row | {"note": note}, None)
 
 
 def failure(error: Exception) -> dict[str, object]:
@@ -291,8 +286,10 @@ def run(args: argparse.Namespace) -> int:
     print(table(bench.rows))
     for line in notes(bench, len(points) - reached):
         print(line)
-    plotted = plot(args.out / "bench_psa.png", bench.rows, title(bench))
-    files = "bench_psa.csv, bench_psa.png" if plotted else "bench_psa.csv (no plot: no matplotlib)"
+    files = "bench_psa.csv"
+    if not args.no_plot:
+        plotted = plot(args.out / "bench_psa.png", bench.rows, title(bench))
+        files += ", bench_psa.png" if plotted else " (no plot: no matplotlib)"
     print(f"{time.perf_counter() - began:.0f} s; written to {args.out}: {files}")
     return 1 if any(row["ok"] is False for row in bench.rows) else 0
 

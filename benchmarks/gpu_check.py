@@ -46,6 +46,7 @@ from summary import summary
 from epsanet_fused.files import write_atomically
 
 NO_GPU = 2
+CUDA_BIN = "/usr/local/cuda/bin"
 SKIPPED = 77  # the exit status of a step that finds it can't run here
 # What steps write beside bench_psa.csv, which all come into results.csv. With that, log.txt and
 # plots.pdf these are at most eight files.
@@ -65,7 +66,8 @@ class Outcome(NamedTuple):
 
 def execute(step: Step, seconds: float, log: Path) -> Outcome:
     """Run one step in a process group of its own; at the end of its time the group is killed."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()
     command = with_deadline(step, seconds)
     with log.open("a") as out:
@@ -100,7 +102,7 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
     """Ctrl-C: upon it pytest still writes its report, unless it hangs in the driver."""
     os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5)
+        process.wait(timeout=15)  # with several workers it takes 6 to 10
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -191,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f"for all steps together; default {TOTAL_SECONDS:.0f}")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_args(argv)
+    # Where ncu and compute-sanitizer are, if they aren't on PATH.
+    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), CUDA_BIN))
     try:
         steps, missing = plan(Path("SCRATCH"), args.steps)
     except ValueError as error:

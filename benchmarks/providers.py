@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.backends import VARIANTS, resolve
+from epsanet_fused.cuda_graph import GraphedModel
 
 Step = Callable[[], list[Tensor]]
 
@@ -157,8 +158,11 @@ def optimized(workload: Workload, cuda_graph: bool = False) -> nn.Module:
     for model, graphed, made in _optimized_models:
         if model is workload.literal and graphed == cuda_graph:
             return made
-    made = ef.optimize_for_inference(workload.literal, *workload.inputs, cuda_graph=cuda_graph)
-    print(f"\n{made.report}\n", file=sys.stderr)
+    if cuda_graph:  # of the same rewrites: they needn't be looked for twice
+        made = GraphedModel(optimized(workload), workload.inputs)
+    else:
+        made = ef.optimize_for_inference(workload.literal, *workload.inputs)
+        print(f"\n{made.report}\n", file=sys.stderr)
     del _optimized_models[:-3]  # those of earlier cases
     _optimized_models.append((workload.literal, cuda_graph, made))
     return made

@@ -22,7 +22,7 @@ from rivals import rival_of
 from epsanet_fused.backends import use_backend
 
 # Of the card's memory, for this process: what runs beside it needs some, too.
-MOST_MEMORY = 0.4
+MOST_MEMORY = 0.3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for name in args.providers if "compile" in name]
     source = Source("randn", args.device, dict.fromkeys(filter(None, map(rival_of, names))))
     for settings in sweep(args):
-        for case in layouts(settings):
-            for name in names:
+        for name in names:
+            for case in layouts(settings):
                 if time.perf_counter() - began > args.seconds:
                     return 0
                 if PROVIDERS[name].unavailable(args.device) is None:

@@ -248,6 +248,7 @@ def test_a_block_under_autocast() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.xdist_group("large")  # one at a time: each needs a third of a card's memory
 def test_more_than_two_to_the_31_elements() -> None:
     """An output of 2**31 + elements, whose last sample is as the first: so is what comes of it."""
     shape = (11, 64, 875, 875)  # of a branch; 2.16e9 elements in all, 4.3 GB in 16 bits

@@ -215,6 +215,7 @@ def test_compiles_without_a_graph_break(fused: str, dynamic: bool) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.xdist_group("large")  # one at a time: each needs a third of a card's memory
 def test_more_than_two_to_the_31_elements(fused: str) -> None:
     """An output of 2**31 + elements: the last sample is right, and so is its gradient.
 
