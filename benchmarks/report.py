@@ -46,11 +46,18 @@ def varying_axes(rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, one per case and provider."""
     varying = varying_axes(rows)
+    others = [axis for axis in varying if axis != "layout"]
+    # Where each provider has chosen its layout, that doesn't make another case.
+    chosen = len({(label(row, others), row["provider"]) for row in rows}) == len(rows)
     cells = [
         ("case", "provider", "runs", "ms p50", "[p20, p80]", "vs eager", "peak MB", "max error",
          "bound"),
-        *(_cells(row, label(row, varying)) for row in rows),
     ]  # fmt: skip
+    for row in rows:
+        name, *rest = _cells(row, label(row, others if chosen else varying))
+        if chosen and "layout" in varying:
+            rest[0] += f", {row['layout']}"
+        cells.append((name, *rest))
     return align(cells, left=3, by=0)
 
 

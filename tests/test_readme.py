@@ -83,3 +83,16 @@ def test_the_network_table_is_the_measured_one() -> None:
         measured = {r["provider"]: r for r in rows if (r["dtype"], r["batch"]) == (dtype, batch)}
         for number, provider in zip(numbers.split(" | "), providers, strict=True):
             assert float(number) == round(float(measured[provider]["ms_p50"]), 1)
+
+
+def test_the_times_of_a_training_step_are_the_measured_ones() -> None:
+    measured = {
+        (r["dtype"], r["provider"]): f"{float(r['ms_p50']) / 1e3:.2f}"
+        for r in results("network-training.csv")
+    }
+    words = " ".join(README.split())
+    shown = re.search(
+        r"takes (\S+) s where the .* takes (\S+) s \(float32; (\S+) and (\S+) s", words
+    )
+    expected = [(d, p) for d in ("float32", "bfloat16") for p in ("planned", "eager")]
+    assert list(shown.groups()) == [measured[point] for point in expected]
