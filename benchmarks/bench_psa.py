@@ -48,7 +48,20 @@ NECESSARY = {"inference": 2, "training": 5, "backward": 3}
 LAYOUTS = ("nchw", "channels_last")
 # The most of the time left that a case may spend on making its providers ready.
 PREPARING = 0.7
-Judges = dict[str | None, Judge]  # of ours, and of each rival
+
+
+class Judges:
+    """One for ours and one for each rival, made when first asked for."""
+
+    def __init__(self, workload: Workload, settings: Settings) -> None:
+        self._workloads = {None: workload, **workload.rivals}
+        self._settings = settings
+        self._made: dict[str | None, Judge] = {}
+
+    def of(self, rival: str | None) -> Judge:
+        if rival not in self._made:
+            self._made[rival] = Judge(self._workloads[rival], self._settings)
+        return self._made[rival]
 
 
 class Attempt(NamedTuple):
@@ -150,19 +163,20 @@ class Bench:
         torch._dynamo.reset()  # one case's compilations don't count against the next one's limit
         cases = layouts(settings)
         workloads = [self.source.workload(case) for case in cases]
-        judges = self._judges(workloads[0], cases[0])  # the truth is the same in any layout
+        judges = Judges(workloads[0], cases[0])  # the truth is the same in any layout
         found: dict[str, Attempt] = {}
         for name in self.names:
             provider = PROVIDERS[name]
             if not provider.fits(settings.scope, settings.mode):
                 continue
             if found and time.perf_counter() > deadline:
-                row = self._row(settings, name) | {"note": "skipped: out of time"}
+                row = self.row(settings, name) | {"note": "skipped: out of time"}
                 found[name] = Attempt(row, None)
                 continue
             tries = list(zip(workloads, cases, strict=True))[: 1 if provider.own_layout else None]
-            judge = judges[rival_of(name)]
-            found[name] = self._faster([self._try(name, *one, judge) for one in tries])
+            attempts = [self._try(name, *one, judges) for one in tries]
+            found[name] = best = self._faster(attempts)
+            self.rows += (one.row for one in attempts if one.row["ok"] is False and one is not best)
         rows = {name: attempt.row for name, attempt in found.items()}
         steps = {name: attempt.step for name, attempt in found.items() if attempt.step is not None}
         workload = workloads[0]
@@ -173,7 +187,7 @@ class Bench:
         share = max(0.0, seconds - (time.perf_counter() - began)) / len(self.clocks)
         candidates = variants(steps, workload)
         if "copy" in candidates:
-            rows["copy"] = self._row(settings, "copy") | {"backend": "pytorch"}
+            rows["copy"] = self.row(settings, "copy") | {"backend": "pytorch"}
         for cache, clock in self.clocks.items():
             timings = interleave(candidates, clock, self.args.reps, share)
             for name, row in rows.items():
@@ -195,24 +209,19 @@ class Bench:
 
     def fail(self, settings: Settings, error: Exception) -> None:
         """A case that came to nothing, such as one that doesn't fit into memory."""
-        self.rows.append(self._row(settings, "all") | failure(error))
+        self.rows.append(self.row(settings, "all") | failure(error))
 
-    def _row(self, settings: Settings, provider: str) -> dict[str, object]:
+    def row(self, settings: Settings, provider: str) -> dict[str, object]:
         row: dict[str, object] = dict.fromkeys(COLUMNS, "")
         about = {"provider": provider, "input": self.args.input}
         return row | settings._asdict() | self.environment | about
 
-    def _judges(self, workload: Workload, settings: Settings) -> Judges:
-        judged = {None: workload, **workload.rivals}
-        wanted = {rival_of(name) for name in self.names}
-        return {name: Judge(judged[name], settings) for name in wanted}
-
-    def _try(self, name: str, workload: Workload, settings: Settings, judge: Judge) -> Attempt:
-        row = self._row(settings, name)
+    def _try(self, name: str, workload: Workload, settings: Settings, judges: Judges) -> Attempt:
+        row = self.row(settings, name)
         try:
             step = PROVIDERS[name].prepare(workload, settings.mode, settings.autocast)
             with ef.use_backend(step.choice):
-                verdict = judge.judge(step.step())
+                verdict = judges.of(rival_of(name)).judge(step.step())
         except Exception as error:  # one broken provider must not take the others along
             # Half a backend may not take every problem, and says so.
             refused = name in VARIANTS and isinstance(error, ValueError)
@@ -270,21 +279,21 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     points = sweep(args)
-    reached = 0
     for i, settings in progress(points, "case", words):
         left = args.seconds - (time.perf_counter() - began)
         if left <= 0 and i > 0:
-            break
+            bench.rows.append(bench.row(settings, "all") | {"note": "skipped: out of time"})
+            continue
         try:
             with torch.set_grad_enabled(settings.mode != "inference"):
                 bench.measure(settings, left / (len(points) - i), left)
         except RuntimeError as error:
             bench.fail(settings, error)
-        reached = i + 1
         write_csv(args.out / "bench_psa.csv", bench.rows)  # what there is survives a crash
         gc.collect()
-    print(table(bench.rows))
-    for line in notes(bench, len(points) - reached):
+    write_csv(args.out / "bench_psa.csv", bench.rows)
+    print(table([row for row in bench.rows if row["provider"] != "all"]))
+    for line in notes(bench):
         print(line)
     files = "bench_psa.csv"
     if not args.no_plot:
@@ -303,7 +312,7 @@ def title(bench: Bench) -> str:
     return f"PSA {args.scope}, {', '.join(fixed)}\n{machine}"
 
 
-def notes(bench: Bench, unreached: int) -> list[str]:
+def notes(bench: Bench) -> list[str]:
     """What a reader of the table has to know beside it."""
     env, device = bench.environment, bench.device
     lines = [
@@ -319,7 +328,12 @@ def notes(bench: Bench, unreached: int) -> list[str]:
         )
     lines += [f"skipped {name}: {reason}" for name, reason in bench.skipped.items()]
     late = [row for row in bench.rows if str(row["note"]).startswith("skipped")]
-    lines += dict.fromkeys(f"skipped {label(r, AXES)} {r['provider']}: out of time" for r in late)
+    unreached = sum(row["provider"] == "all" for row in late)
+    lines += dict.fromkeys(
+        f"skipped {label(r, AXES)} {r['provider']}: out of time"
+        for r in late
+        if r["provider"] != "all"
+    )
     wrong = [row for row in bench.rows if row["ok"] is False]
     lines += dict.fromkeys(f"FAILED {label(r, AXES)} {r['provider']}: {r['note']}" for r in wrong)
     if unreached:

@@ -5,12 +5,13 @@
 Each kernel of one forward and of one backward, at the largest and the smallest stage: the bytes it
 moved, in all and over N, the bytes of the tail's output (2 N forward and 3 N backward is the
 least); and what it waited for. There are two runs. In the first, which takes one pass over each
-kernel, caches hold what the kernel before has left in them; in the second, for the rest of the
-columns, they are emptied before every pass. ncu is told to leave the clocks as they are; durations
+kernel, the cache is filled with something else before the first kernel, and then holds what the
+kernel before has left in it; in the second, for the rest of the columns, it is emptied before every
+pass. ncu is told to leave the clocks as they are; durations
 are those of the first run.
 
-The exit status is 77 where nothing can be measured: without ncu, or where the driver keeps the
-counters for administrators.
+The exit status is 77 where nothing can be measured: without ncu, without time, or where the driver
+keeps the counters for administrators.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from environment import describe
+from environment import cache_bytes, describe
 from inputs import STAGES, Settings, Source
 from options import add_shared, finish_shared, positive_int
 from providers import PROVIDERS
@@ -108,6 +110,8 @@ def plan(args: argparse.Namespace) -> list[Case]:
 def launch_all(args: argparse.Namespace) -> None:
     """What ncu watches: after a marker, one profiled launch of each case that can run."""
     source = Source("randn", args.device)
+    full = torch.ones(2 * cache_bytes(args.device), dtype=torch.uint8, device=args.device)
+    elsewhere = torch.empty_like(full)  # copied to, that the cache may hold nothing else
     for case in plan(args):
         with torch.cuda.profiler.profile():
             torch.cuda._sleep(1)
@@ -119,11 +123,15 @@ def launch_all(args: argparse.Namespace) -> None:
             with ef.use_backend(prepared.choice), gradients:
                 for _ in range(2):
                     prepared.step()
+                elsewhere.copy_(full)
                 torch.cuda.synchronize()
                 with torch.cuda.profiler.profile():
                     prepared.step()
                     torch.cuda.synchronize()
-        except RuntimeError as error:  # one that refuses the size must not end the rest
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # one that refuses the size must not end the rest
             print(f"{' '.join(case)}: {error}", file=sys.stderr)
 
 
@@ -142,21 +150,25 @@ def command(args: argparse.Namespace, run: tuple[str, Sequence[str]], log: Path)
     ]  # fmt: skip
 
 
-def profile(args: argparse.Namespace, run: tuple[str, Sequence[str]], seconds: float) -> str:
-    """What ncu writes; all of it comes at the end, so that a run out of time has written none."""
+def profile(args: argparse.Namespace, run: tuple[str, Sequence[str]], seconds: float) -> str | None:
+    """What ncu writes. All of it comes at the end: None if it isn't done by then."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
-        try:
-            done = subprocess.run(
-                command(args, run, log), text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, timeout=max(1.0, seconds),
-                env=os.environ | {"LC_ALL": "C"},  # or numbers may have decimal commas
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            print("ncu found no time to end", file=sys.stderr)
-            return ""
-        print(done.stdout, file=sys.stderr)
-        return done.stdout + (log.read_text() if log.exists() else "")
+        with subprocess.Popen(
+            command(args, run, log), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"LC_ALL": "C"},  # or numbers may have decimal commas
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                said, _ = process.communicate(timeout=max(1.0, seconds))
+            except subprocess.TimeoutExpired:
+                print("ncu found no time to end", file=sys.stderr)
+                return None
+            finally:  # what it profiles would outlive it
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        print(said, file=sys.stderr)
+        return said + (log.read_text() if log.exists() else "")
 
 
 def parse_raw(text: str) -> list[Kernel]:
@@ -307,6 +319,9 @@ def run(args: argparse.Namespace) -> int:
     args.providers = [n for n in args.providers if not PROVIDERS[n].unavailable(args.device)]
     args.out.mkdir(parents=True, exist_ok=True)
     written = profile(args, TRAFFIC, deadline - time.perf_counter())
+    if written is None:
+        print("skipped: out of time")
+        return SKIPPED
     if "ERR_NVGPUCTRPERM" in written:
         print("skipped: the driver keeps the card's counters for administrators")
         return SKIPPED
@@ -314,7 +329,7 @@ def run(args: argparse.Namespace) -> int:
     if not kernels:
         print(f"ncu measured nothing; it wrote:\n{written}", file=sys.stderr)
         return 1
-    rest = parse_raw(profile(args, REST, deadline - time.perf_counter()))
+    rest = parse_raw(profile(args, REST, deadline - time.perf_counter()) or "")
     rows = rows_of(args, joined(kernels, rest))
     write_csv(args.out / "counters.csv", rows, COLUMNS)
     print(table(rows))

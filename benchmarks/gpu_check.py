@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import torch
 from gpu_plan import (
@@ -52,6 +53,9 @@ SKIPPED = 77  # the exit status of a step that finds it can't run here
 # plots.pdf these are at most eight files.
 FILES = ("env.json", "gpu-tests.xml", "conv-cost/conv_cost.csv", "tune/tune_triton.csv",
          "counters/counters.csv")  # fmt: skip
+
+
+Row = dict[str, str]
 
 
 class Outcome(NamedTuple):
@@ -126,19 +130,39 @@ def outcome(step: Step, code: int | None, seconds: float) -> Outcome:
     return Outcome(name, status, seconds, notes.get(code, f"exit status {code}, see log.txt"))
 
 
-def collect(scratch: Path, out: Path) -> dict[str, list[dict[str, str]]]:
-    """Bring what the steps have written so far into the one folder; the rows of each step."""
+def collect(scratch: Path, out: Path, earlier: Sequence[Row]) -> dict[str, list[Row]]:
+    """Bring what the steps have written so far into the one folder; the rows of each step.
+
+    What an earlier run has left there of other steps stays.
+    """
     tables = {
         path.parent.name: read_csv(path)
         for path in sorted(scratch.glob("*/bench_psa.csv"))
         if path.parent.name not in SANITIZERS  # whose timings say nothing
     }
-    write_csv(out / "results.csv", [row for rows in tables.values() for row in rows], COLUMNS)
+    rows = [row for row in earlier if row["step"] not in tables]
+    rows += [{"step": step, **row} for step, found in tables.items() for row in found]
+    if rows:
+        write_csv(out / "results.csv", rows, ("step", *COLUMNS))
     for name in FILES:
         source = scratch / name
         if source.exists():
             write_atomically(out / source.name, source.read_bytes())
     return tables
+
+
+def with_counts(outcome: Outcome, scratch: Path) -> Outcome:
+    """The outcome with what only the step's files tell: what was skipped or left out."""
+    report = scratch / "gpu-tests.xml"
+    if outcome.name == "tests" and report.exists():
+        suite = next(ElementTree.parse(report).iter("testsuite"))
+        counts = (f"{suite.get(key, '?')} {key}" for key in ("tests", "failures", "skipped"))
+        return outcome._replace(note=", ".join(filter(None, (*counts, outcome.note))))
+    rows = [row for path in (scratch / outcome.name).glob("*.csv") for row in read_csv(path)]
+    late = sum(row.get("note", "") == "skipped: out of time" for row in rows)
+    if late and outcome.status == "passed":
+        return outcome._replace(status="INCOMPLETE", note=f"{late} rows out of time, see log.txt")
+    return outcome
 
 
 def steps_table(outcomes: Sequence[Outcome]) -> str:
@@ -163,21 +187,27 @@ def run(out: Path, scratch: Path, names: Sequence[str] | None, total: float) -> 
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
-    log.write_text("")
+    results = out / "results.csv"
+    earlier = read_csv(results) if results.exists() else []
     steps, missing = plan(scratch, names)
     outcomes = [Outcome(name, "skipped", 0, reason) for name, reason in missing.items()]
-    tables: dict[str, list[dict[str, str]]] = {}
+    tables: dict[str, list[Row]] = {}
     in_groups = groups(steps)
     for i, group in enumerate(in_groups):
         seconds = allotment(in_groups, i, total - (time.perf_counter() - began))
         names_here = ", ".join(step.name for step in group)
         print(f"[{i + 1}/{len(in_groups)}] {names_here}: up to {seconds:.0f} s", flush=True)
-        outcomes += execute_together(group, seconds, log)
-        tables = collect(scratch, out)
-    draw_all(out / "plots.pdf", [row for rows in tables.values() for row in rows])
+        ended = execute_together(group, seconds, log)
+        tables = collect(scratch, out, earlier)
+        outcomes += (with_counts(outcome, scratch) for outcome in ended)
     print(text := f"{summary(tables)}\n\n{steps_table(outcomes)}".lstrip())
     with log.open("a") as file:
         print(f"\n{text}", file=file)
+    if results.exists():
+        try:
+            draw_all(out / "plots.pdf", read_csv(results))
+        except Exception as error:  # the measurements are what counts
+            print(f"no plots: {type(error).__name__}: {error}")
     passed = everything_passed(outcomes, any(tables.values()))
     print(f"{'All checks passed' if passed else 'NOT all checks passed'}; see {out}")
     return 0 if passed else 1

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rivals import RIVALS
+
 from epsanet_fused.backends import VARIANTS
 from epsanet_fused.backends.native import library
 
@@ -22,7 +24,11 @@ GRACE_SECONDS = 15.0
 SANITIZERS = ("memcheck", "racecheck")
 BACKENDS = ("triton", *VARIANTS)
 PLANNED = ("planned", "planned-triton", "planned-compile")
-COMPILED = ("eager", "eager-graph", "compile", "compile-reduce-overhead", "compile-max-autotune")
+# Who is left out when time is over comes last: max-autotune takes the longest to compile.
+OURS_FIRST = (
+    "eager", "fused", "fused-graph", "compile-reduce-overhead", "compile", "eager-graph",
+    "compile-max-autotune",
+)  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -63,11 +69,13 @@ def plan(scratch: Path, names: Sequence[str] | None = None) -> tuple[list[Step],
         *compiled,
         measured(scratch, "conv-cost", 35, "conv_cost.py"),
     ]
-    known = {step.name: step for step in (*steps, *extra_steps(scratch))}
-    if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
-    chosen = [step for step in known.values() if step in steps or names is not None]
-    chosen = [step for step in chosen if names is None or step.name in names]
+    chosen = steps
+    if names is not None:
+        known = {step.name: step for step in (*steps, *extra_steps(scratch))}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
+        wanted = {"build", *names}  # nothing is to be measured without the library
+        chosen = [step for step in known.values() if step.name in wanted]
     tools = {s.name: s.needs for s in chosen if s.needs and shutil.which(s.needs) is None}
     missing = {name: f"{tool} isn't on PATH" for name, tool in tools.items()}
     return [step for step in chosen if step.name not in missing], missing
@@ -125,7 +133,7 @@ def norm_step(scratch: Path) -> Step:
         "--cache", "cold", "--batch", "128", "32", "--layout", "nchw", "channels_last",
         "--dtype", "float16", "float32", "--providers", "eager", "apart", "fused",
     )  # fmt: skip
-    return psa(scratch, "norm-training", 20, "norm", "training", *options)
+    return psa(scratch, "norm-training", 35, "norm", "training", *options)
 
 
 def sanitizer_steps(scratch: Path) -> list[Step]:
@@ -139,9 +147,14 @@ def sanitizer_steps(scratch: Path) -> list[Step]:
     )  # fmt: skip
     tool = "compute-sanitizer"
     uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool)
-    steps = (psa(scratch, name, 100, "tail", "training", *small) for name in SANITIZERS)
+    # One that ended by itself would have left out what it found no time for.
+    steps = (
+        psa(scratch, name, 100, "tail", "training", *small, "--seconds", "1000")
+        for name in SANITIZERS
+    )
     return [
         step._replace(
+            own_deadline=False,
             # Libraries ask the driver for functions that it hasn't got: no error of ours.
             command=(
                 *uncached,
@@ -172,33 +185,35 @@ def compiled_steps(scratch: Path) -> list[Step]:
     In mixed precision where they train. The providers come in the order of their weight: when a
     step's time is over, the last of them are left out.
     """
-    half = ("--dtype", "float16", "--providers")
+    half = ("--dtype", "float16", "--batch", "128", "--providers")
     best = ("--layout", "best", *half)
     inference = (
-        "eager", "optimized-graph", "compile", "optimized", "resnet50:eager", "fused",
-        "resnet50:compile-reduce-overhead", "compile-reduce-overhead", "resnet50:optimized-graph",
-        "seresnet50:compile-reduce-overhead", "eager-graph", "fused-graph",
+        "eager", "optimized-graph", "resnet50:eager", "compile-reduce-overhead",
+        "resnet50:compile-reduce-overhead", "compile", "optimized", "resnet50:optimized-graph",
+        "fused", "fused-graph", "eager-graph",
     )  # fmt: skip
     training = (
-        "eager", "compile", "fused", "planned-triton", "resnet50:eager", "planned-compile",
-        "resnet50:compile", "triton", "planned", "fused-compile", "seresnet50:compile",
+        "eager", "planned-triton", "compile", "resnet50:eager", "fused", "resnet50:compile",
+        "triton", "planned-compile", "fused-compile",
     )  # fmt: skip
+    module = ("--layout", "best", "--dtype", "float16", "--batch", "1", "128")
     return [
-        psa(scratch, "module", 30, "module", "inference training", *best, *COMPILED,
-            "fused", "fused-graph", "fused-compile", "--batch", "1", "128"),
-        psa(scratch, "network-inference", 110, "network", "inference", *best, *inference,
-            "--batch", "128", "1"),
-        psa(scratch, "network-training", 80, "network", "training", *best, *training,
-            "--batch", "128"),
-        psa(scratch, "tail-compiled", 25, "tail", "inference training", *half, *COMPILED,
-            "fused", "fused-graph", "--batch", "128", "1", "--cache", "cold"),
+        psa(scratch, "module", 35, "module", "inference training", *module, "--providers",
+            *OURS_FIRST, "fused-compile"),
+        psa(scratch, "network-inference", 110, "network", "inference", *best, *inference),
+        psa(scratch, "network-training", 80, "network", "training", *best, *training),
+        psa(scratch, "tail-compiled", 40, "tail", "inference training", *half, *OURS_FIRST,
+            "--cache", "cold", "--stages", "S1", "S2"),
     ]  # fmt: skip
 
 
 def extra_steps(scratch: Path) -> list[Step]:
     """What runs only when named: Triton's table, hardware counters, what takes long to compile."""
-    block = ("--layout", "best", "--dtype", "float16", "--batch", "128", "1", "32", "--providers",
-             *COMPILED, "cleaned", "fused", "fused-compile", "fused-graph")  # fmt: skip
+    sizes = ("--layout", "best", "--dtype", "float16", "--batch", "128", "1", "32", "--providers")
+    block = (*sizes, *OURS_FIRST, "cleaned", "fused-compile")
+    small = ("--layout", "best", "--dtype", "float16", "--batch", "1", "32", "--providers")
+    rivals = [f"{rival}:{name}" for rival in RIVALS
+              for name in ("eager", "compile-reduce-overhead", "compile")]  # fmt: skip
     autotuned = ("--layout", "best", "--dtype", "float16", "--batch", "128",
                  "--providers", "eager", "compile-max-autotune", "compile", "fused")  # fmt: skip
     return [
@@ -206,6 +221,10 @@ def extra_steps(scratch: Path) -> list[Step]:
         measured(scratch, "counters", 100, "counters.py")._replace(needs="ncu"),
         psa(scratch, "block-inference", 60, "block", "inference", *block, "optimized-graph"),
         psa(scratch, "block-training", 60, "block", "training", *block, *PLANNED),
+        psa(scratch, "small-inference", 200, "network", "inference", *small, "eager",
+            "optimized-graph", "compile-reduce-overhead", "eager-graph", "fused", *rivals),
+        psa(scratch, "small-training", 200, "network", "training", *small, "eager", "fused",
+            "compile-reduce-overhead", *PLANNED, *rivals),
         psa(scratch, "autotuned-inference", 200, "network", "inference", *autotuned,
             "optimized-graph", "resnet50:compile-max-autotune"),
         psa(scratch, "autotuned-training", 200, "network", "training", *autotuned,
@@ -234,7 +253,8 @@ def with_deadline(step: Step, seconds: float) -> tuple[str, ...]:
     """The command, told when to stop if it is one that can be told."""
     if not step.own_deadline:
         return step.command
-    return (*step.command, "--seconds", f"{max(1.0, seconds - GRACE_SECONDS):.0f}")
+    grace = min(GRACE_SECONDS, seconds / 4)
+    return (*step.command, "--seconds", f"{max(1.0, seconds - grace):.0f}")
 
 
 def describe_plan(

@@ -60,7 +60,7 @@ TOPICS = {
 def rows_in(folder: Path) -> list[dict[str, str]]:
     """All rows that bench_psa.py has written to CSVs there."""
     tables = [read_csv(path) for path in sorted(folder.glob("*.csv"))]
-    return [row for rows in tables if rows and tuple(rows[0]) == COLUMNS for row in rows]
+    return [row for rows in tables if rows and set(COLUMNS) <= set(rows[0]) for row in rows]
 
 
 def draw_all(path: Path, rows: Sequence[Row]) -> None:
@@ -91,10 +91,10 @@ def panels_of(topic: Topic, rows: Sequence[Row]) -> dict[str, list[Row]]:
     shown = [row for row in timed if row["scope"] in topic.scopes and row[topic.column] != ""]
     if topic.unit.endswith("eager"):  # a copy is no way to run it
         shown = [row for row in shown if row["provider"] != "copy"]
-    kinds = dict.fromkeys((row["scope"], row["mode"], row["device"]) for row in shown)
+    kinds = dict.fromkeys(map(_kind, shown))
     panels: dict[str, list[Row]] = {}
     for kind in kinds:
-        of_kind = [r for r in shown if (r["scope"], r["mode"], r["device"]) == kind]
+        of_kind = [row for row in shown if _kind(row) == kind]
         for axis, order in (("dtype", DTYPES), ("cache", CACHES)):
             first = next(value for value in order if any(r[axis] == value for r in of_kind))
             of_kind = [row for row in of_kind if row[axis] == first]
@@ -106,11 +106,17 @@ def panels_of(topic: Topic, rows: Sequence[Row]) -> dict[str, list[Row]]:
     return panels
 
 
+def _kind(row: Row) -> tuple[object, ...]:
+    """What one process has measured: only that can be compared."""
+    return row["scope"], row["mode"], row["device"], row.get("step", "")
+
+
 def _title(topic: Topic, row: Row) -> str:
     words = [row["scope"], row["mode"], row["dtype"]]
     # With convolutions each provider's better layout counts.
     words += [row["layout"], row["cache"]] if row["scope"] in TAILS else []
     words += [] if topic.batches == "beside" else [f"batch {row['batch']}"]
+    words += [f"step {row['step']}"] if row.get("step") else []
     return f"{', '.join(map(str, words))}\n{row['device']}"
 
 

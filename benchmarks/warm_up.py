@@ -4,34 +4,43 @@
 
 prepares what bench_psa.py would compile, the same cases in the same order, and measures nothing.
 Several may run at once, beside checks that aren't timed: compiling takes the processor, not the
-card.
+card, and these let others go first. What would choose by timing (max-autotune, plans) is left out.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
+
+# Read by Inductor when it is imported. By default it starts a process for each core.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
 
 import torch
 from bench_psa import layouts, parse, sweep, words
 from inputs import Settings, Source
 from providers import PROVIDERS
 from rivals import rival_of
+from torch._inductor import config as inductor
 
 from epsanet_fused.backends import use_backend
 
+COMPILED = ("compile", "compile-reduce-overhead")
+
 # Of the card's memory, for this process: what runs beside it needs some, too.
-MOST_MEMORY = 0.3
+MOST_MEMORY = {"network": 0.2}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     args = parse(argv)
+    os.nice(10)
     if args.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(MOST_MEMORY)
-    names = [name for name in args.providers if "compile" in name]
-    source = Source("randn", args.device, dict.fromkeys(filter(None, map(rival_of, names))))
+        torch.cuda.set_per_process_memory_fraction(MOST_MEMORY.get(args.scope, 0.1))
+    inductor.autotune_local_cache = False  # nothing that was timed here is to be believed later
+    names = [name for name in args.providers if name.endswith(COMPILED) and "planned" not in name]
+    source = Source(args.input, args.device, dict.fromkeys(filter(None, map(rival_of, names))))
     for settings in sweep(args):
         for name in names:
             for case in layouts(settings):

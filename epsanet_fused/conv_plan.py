@@ -197,7 +197,9 @@ def inputs_of(
         module.register_forward_pre_hook(functools.partial(remember, name=name))
         for name, module in modules.items()
     ]
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # What was made in inference mode changes in there alone.
+    buffers = [buffer for buffer in model.buffers() if not buffer.is_inference()]
+    before = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         with torch.no_grad():
             model(*as_arguments(example_input))
@@ -205,7 +207,8 @@ def inputs_of(
         for hook in hooks:
             hook.remove()
         for buffer, value in before:
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
     return {name: x.detach() for name, x in seen.items() if isinstance(x, Tensor)}
 
 

@@ -173,8 +173,9 @@ class PlannedConv(Derived):
             try:
                 return run(call, x, residual, relu, overwrite)
             except NoEngineError:  # such as for three channels in 16 bits, perhaps
+                out = run_plain(call, x, residual, relu)  # an error if the call itself is wrong
                 self.fused_calls = False
-                return run_plain(call, x, residual, relu)
+                return out
         return _then(self._convolve_wide(call, run, x), residual, relu)
 
     def _convolve_wide(self, call: Call, run, x: Tensor) -> Tensor:

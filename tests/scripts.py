@@ -23,3 +23,11 @@ def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it hasn't ended."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False

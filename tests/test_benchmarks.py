@@ -113,6 +113,36 @@ def test_a_block_is_timed_with_all_that_runs_it(mode, tmp_path, bench, threads, 
     assert_sound(rows)
 
 
+def test_of_two_layouts_a_wrong_one_is_told(tmp_path, bench, threads, monkeypatch):
+    main, inputs = bench("bench_psa"), bench("inputs")
+    convolve = inputs.ef.FusedPSAModule.convolve
+
+    def wrong(module, x):
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        return [y * (1.5 if last else 1) for y in convolve(module, x)]
+
+    monkeypatch.setattr(inputs.ef.FusedPSAModule, "convolve", wrong)
+    arguments = ["--scope", "module", "--input", "randn", "--stages", "S4", "--batch", "1",
+                 "--reps", "1", "--layout", "best", "--providers", "eager", "fused", "--device",
+                 "cpu", "--no-plot", "--out", str(tmp_path)]  # fmt: skip
+    assert main.run(main.parse(arguments)) == 1
+    found = {(r["provider"], r["layout"]): r["ok"] for r in rows_of(tmp_path / "bench_psa.csv")}
+    assert found["fused", "channels_last"] == "False"
+    assert found["fused", "nchw"] == "True"
+
+
+def test_what_there_was_no_time_for_is_told(tmp_path, bench, threads):
+    main = bench("bench_psa")
+    arguments = ["--input", "randn", "--stages", "S4", "S3", "--batch", "1", "--reps", "1",
+                 "--seconds", "0.0001", "--providers", "eager", "fused", "--device", "cpu",
+                 "--no-plot", "--out", str(tmp_path)]  # fmt: skip
+    assert main.run(main.parse(arguments)) == 0
+    rows = rows_of(tmp_path / "bench_psa.csv")
+    late = [(r["stage"], r["provider"]) for r in rows if r["note"] == "skipped: out of time"]
+    assert late == [("S4", "fused"), ("S3", "all")]
+    assert [r["provider"] for r in rows if r["ms_p50"]] == ["eager", "copy"]
+
+
 @pytest.mark.parametrize("rival, parameters", [("resnet50", 25557032), ("seresnet50", 28088024)])
 def test_rivals_are_the_published_networks(rival, parameters, bench):
     network = bench("rivals").RIVALS[rival]()

@@ -124,6 +124,16 @@ def test_a_model_in_training_is_left_as_it_was():
         assert torch.equal(value, before[name]), name
 
 
+def test_a_model_made_in_inference_mode_can_be_planned():
+    with torch.inference_mode():
+        model = small().eval()
+    versions = [p._version for p in small().buffers()]
+    assert plan_convs(model, torch.randn(2, 3, 48, 40))
+    other = small().eval()
+    plan_convs(other, torch.randn(2, 3, 48, 40))
+    assert [p._version for p in other.buffers()] == versions, "nothing was written to"
+
+
 def test_what_is_known_is_not_measured_again(monkeypatch, tmp_path):
     module, file = ef.PSAModule(64, 64), tmp_path / "plans.json"
     x = torch.randn(1, 64, 8, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scripts import rows_of
+from scripts import is_running, rows_of
 
 PLACE = '"4711","python3.12","127.0.0.1"'
 STREAM, CARD = '"1","7"', '"0","9.0"'
@@ -67,16 +67,20 @@ def measure(tmp_path, bench, monkeypatch):
     available = counters.PROVIDERS["triton"]._replace(unavailable=lambda device: None)
     monkeypatch.setitem(counters.PROVIDERS, "triton", available)
 
-    def run(*texts: str) -> int:
+    def run(*texts: str | None) -> int:
         left = list(texts)
 
-        def write(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-            Path(command[command.index("--log-file") + 1]).write_text(left.pop(0))
-            return subprocess.CompletedProcess(command, 0, stdout="what the process prints\n")
+        def write(args: object, run: object, log: Path) -> list[str]:
+            text = left.pop(0)
+            code = "import time; time.sleep(60)"
+            if text is not None:
+                code = f"open({str(log)!r}, 'w').write({text!r}); print('what the process prints')"
+            return [sys.executable, "-c", code]
 
-        monkeypatch.setattr(subprocess, "run", write)
+        monkeypatch.setattr(counters, "command", write)
         options = "--stages S4 --layout nchw --providers triton --batch 2 --device cuda --out"
-        return counters.run(counters.parse([*options.split(), str(tmp_path)]))
+        seconds = ["--seconds", "1" if None in texts else "100"]
+        return counters.run(counters.parse([*options.split(), str(tmp_path), *seconds]))
 
     return run
 
@@ -111,8 +115,12 @@ def test_a_second_run_that_found_no_time_leaves_the_first(measure, tmp_path):
 
 @pytest.mark.parametrize(
     "text, status",
-    [("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 77), ("crashed", 1)],
-    ids=["no permission", "crash"],
+    [
+        ("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 77),
+        (None, 77),
+        ("crashed", 1),
+    ],
+    ids=["no permission", "no time", "crash"],
 )
 def test_no_counters_is_no_result(measure, text, status, tmp_path):
     assert measure(text) == status
@@ -143,7 +151,7 @@ def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(ben
 
     def prepare(workload: object, mode: str, autocast: None) -> SimpleNamespace:
         if mode == "backward":
-            raise RuntimeError("this one can't")
+            raise ValueError("this one can't")  # as the kernels' refusals arrive
         return SimpleNamespace(step=lambda: happened.append("step"), choice="auto")
 
     monkeypatch.setattr(torch.cuda.profiler, "profile", profiled)
@@ -154,3 +162,17 @@ def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(ben
     arguments = "--device cpu --stages S4 --layout nchw --providers triton --batch 1"
     counters.launch_all(counters.parse(arguments.split()))
     assert " ".join(happened) == "[ marker ] step step [ step ] [ marker ]"
+
+
+def test_what_is_profiled_ends_with_the_time(bench, tmp_path, monkeypatch):
+    counters = bench("counters")
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); " \
+            "time.sleep(60)"  # fmt: skip
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    monkeypatch.setattr(counters, "command", lambda *_: [sys.executable, "-c", parent])
+    assert counters.profile(None, counters.TRAFFIC, 3.0) is None
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from scripts import BENCHMARKS, rows_of, script
+from scripts import BENCHMARKS, is_running, rows_of, script
 
 SMI_LINE = "NVIDIA H200, 580.65.06, 143771 MiB, [N/A]\n"
 
@@ -72,9 +71,10 @@ def test_every_planned_command_parses(tmp_path, bench, tools, monkeypatch):
             if (path := str(BENCHMARKS / f"{name}.py")) in step.command:
                 command = gpu_plan.with_deadline(step, 50 + gpu_plan.GRACE_SECONDS)
                 args = bench(parser).parse(command[command.index(path) + 1 :])
-                assert args.device.type == "cuda" and args.seconds == 50
+                assert args.device.type == "cuda"
+                assert args.seconds == (50 if step.own_deadline else 1000)
                 parsed.add(step.name)
-    assert {step.name for step in (*steps, *named) if step.own_deadline} == parsed
+    assert {s.name for s in (*steps, *named) if s.own_deadline} == parsed - {*gpu_plan.SANITIZERS}
 
 
 def test_what_lacks_its_program_is_skipped_with_the_reason(tmp_path, bench, monkeypatch):
@@ -142,13 +142,6 @@ def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path
     assert not is_running(pid)
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
 def test_steps_that_fail_or_pass_are_told_apart(tmp_path, bench):
     gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
 
@@ -187,15 +180,50 @@ def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path, bench
         row = empty | measured | {"provider": provider}
         report.write_csv(scratch / folder / "bench_psa.csv", [*peers, row])
     (scratch / "env.json").write_text("{}")
-    tables = gpu_check.collect(scratch, out)
+    earlier = [{"step": step} | dict.fromkeys(report.COLUMNS, "") for step in ("norm", "module")]
+    tables = gpu_check.collect(scratch, out, earlier)
     assert list(tables) == ["module", "tail-forward"]
-    assert rows_of(out / "results.csv") == [*tables["module"], *tables["tail-forward"]]
+    rows = rows_of(out / "results.csv")
+    assert rows[0] == earlier[0], "of a step that wasn't run again"
+    assert [row["step"] for row in rows] == ["norm"] + 4 * ["module"] + 4 * ["tail-forward"]
+    assert [r["ms_p50"] for r in rows[1:5]] == [r["ms_p50"] for r in tables["module"]]
     assert {file.name for file in out.iterdir()} == {"results.csv", "env.json"}
     *_, line = gpu_check.summary(tables).splitlines()
     assert line.split() == ["tail-forward", "inference", "S1", "x", "128", "nchw", "0.0500",
                             "0.0300", "0.0125", "fused", "4.00x", "2.40x", "87.5"]  # fmt: skip
     table = gpu_check.steps_table([gpu_check.Outcome("tests", "passed", 12.3, "")])
     assert "tests  passed" in table
+
+
+def test_nothing_measured_leaves_the_results_alone(tmp_path, bench):
+    assert bench("gpu_check").collect(tmp_path / "scratch", tmp_path, []) == {}
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_what_was_left_out_shows_in_the_table(tmp_path, bench):
+    gpu_check, report = bench("gpu_check"), bench("report")
+    rows = [dict.fromkeys(report.COLUMNS, "") | {"note": note}
+            for note in ("", "skipped: out of time", "skipped: out of time")]  # fmt: skip
+    for step, found in (("module", rows), ("block", rows[:1])):
+        (tmp_path / step).mkdir()
+        report.write_csv(tmp_path / step / "bench_psa.csv", found)
+    suite = '<testsuites><testsuite tests="9" failures="0" skipped="2"/></testsuites>'
+    (tmp_path / "gpu-tests.xml").write_text(suite)
+    ends = {
+        name: gpu_check.with_counts(gpu_check.Outcome(name, "passed", 1.0, ""), tmp_path)
+        for name in ("module", "block", "tests")
+    }
+    assert ends["module"][1:] == ("INCOMPLETE", 1.0, "2 rows out of time, see log.txt")
+    assert ends["block"][1:] == ("passed", 1.0, "")
+    assert ends["tests"][1:] == ("passed", 1.0, "9 tests, 0 failures, 2 skipped")
+
+
+def test_ours_is_timed_before_what_takes_long_to_compile(tmp_path, bench):
+    gpu_plan = bench("gpu_plan")
+    for step in gpu_plan.compiled_steps(tmp_path):
+        providers = step.command[step.command.index("--providers") + 1 :]
+        kinds = [bench("summary").whose_is(name) for name in providers]
+        assert kinds.index("ours") < kinds.index("compiled"), step.name
 
 
 def test_smi_answers_are_parsed_by_field(bench):

@@ -314,6 +314,14 @@ def test_where_cudnn_has_no_engine_the_call_is_made_in_parts(residual, monkeypat
     assert len(asked) == 1, "it isn't asked again"
 
 
+def test_a_wrong_call_is_no_missing_engine(monkeypatch):
+    monkeypatch.setattr(planned_conv, "fused_call", lambda *_: planned_conv.run_cudnn)
+    module = PlannedConv(nn.Conv2d(3, 3, 3))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected"):
+        module(torch.randn(2, 4, 8, 8), relu=True)
+    assert module.fused_calls
+
+
 def test_running_out_of_memory_is_no_missing_engine(monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
