@@ -29,17 +29,17 @@ def cache_use(script: str, cache: Path, *arguments: str) -> tuple[int, int]:
     """Hits and misses of a run of its own."""
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", RUN, str(BENCHMARKS), script, *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout.splitlines()[-1])
     return counted.get("fxgraph_cache_hit", 0), counted.get("fxgraph_cache_miss", 0)
 
 
 def test_what_was_warmed_up_is_not_compiled_again(tmp_path: Path) -> None:
-    arguments = ("--scope", "module", "--mode", "inference", "training", "--stages", "S4",
-                 "--batch", "2", "--layout", "best", "--input", "randn", "--device", "cpu",
-                 "--reps", "1", "--no-plot", "--out", str(tmp_path / "out"),
-                 "--providers", "eager", "compile", "fused-compile")  # fmt: skip
+    arguments = ("--scope", "module", "--mode", "training", "--stages", "S4", "--batch", "2",
+                 "--layout", "channels_last", "--input", "randn", "--device", "cpu",
+                 "--reps", "1", "--no-plot", "--out", str(tmp_path / "out"), "--seconds", "500",
+                 "--providers", "eager", "fused-compile")  # fmt: skip
     cache = tmp_path / "cache"
     hits, misses = cache_use("warm_up", cache, *arguments)
     assert misses > 0
