@@ -97,6 +97,7 @@ def test_module_and_network_scopes(scope, stages, tmp_path, bench, threads):
     assert not any(row["gbps"] for row in rows), "necessary bytes are known of the tail only"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_a_block_is_timed_with_all_that_runs_it(mode, tmp_path, bench, threads, monkeypatch):
     """Ours as it is, optimized and with merged groups, each in its better layout."""
@@ -334,6 +335,7 @@ def test_norm_scope_times_the_operator_against_its_parts(tmp_path, bench, thread
         bench_psa.parse(["--scope", "norm", "--mode", "inference"])
 
 
+@pytest.mark.slow
 def test_network_scope_takes_everyones_best_layout(tmp_path, bench, threads, monkeypatch):
     monkeypatch.setattr(inference, "SECONDS", 0.0)
     monkeypatch.setattr(conv_plan, "SECONDS", 0.0)

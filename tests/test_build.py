@@ -134,6 +134,7 @@ def test_auto_says_aloud_why_there_is_no_library(
     assert "this is a pure-Python package" in use(wheel)[0]
 
 
+@pytest.mark.slow
 def test_auto_without_a_toolkit_builds_the_cpu_half_and_remembers_why(source: Path) -> None:
     said, wheel = bdist(source, EPSANET_FUSED_BUILD="auto", CUDA_HOME="/no where (yet)")
     assert said.startswith("building the CPU kernels, without CUDA: no CUDA toolkit")

@@ -27,6 +27,8 @@ def short(
     return digits("--out", out, "--epochs", 2, "--images", 192, "--min-accuracy", 0), out
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("digits")
 def test_plain_and_fused_learn_the_same(short) -> None:
     done, out = short
     assert done.returncode == 0, done.stderr
@@ -39,6 +41,8 @@ def test_plain_and_fused_learn_the_same(short) -> None:
     assert float(rows[-1]["plain_loss"]) < float(rows[0]["plain_loss"])
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("digits")
 def test_progress_table_and_plot(short) -> None:
     done, out = short
     assert "plain" in done.stderr
