@@ -30,7 +30,7 @@ import torch
 from checks import Judge
 from cold import make_clock
 from environment import describe
-from inputs import STAGES, Settings, Source, Workload
+from inputs import LAYOUTS, STAGES, Settings, Source, Workload
 from memory import peak_extra_bytes
 from options import add_shared, finish_shared, positive_int
 from plots import plot
@@ -45,7 +45,6 @@ from epsanet_fused.timing import Clock, Timing, Variant, interleave
 
 # What each mode has to move, in N: see above.
 NECESSARY = {"inference": 2, "training": 5, "backward": 3}
-LAYOUTS = ("nchw", "channels_last")
 # The most of the time left that a case may spend on making its providers ready.
 PREPARING = 0.7
 

@@ -35,14 +35,13 @@ from typing import NamedTuple
 import torch
 from environment import cache_bytes, describe
 from inputs import STAGES, Settings, Source
-from options import add_shared, finish_shared, positive_int
+from options import SKIPPED, add_shared, finish_shared, positive_int
 from providers import PROVIDERS
 from report import align, write_csv
 
 import epsanet_fused as ef
 from epsanet_fused.backends import VARIANTS
 
-SKIPPED = 77
 MODES = {"inference": "forward", "backward": "backward"}
 LIMITS = ("blocks", "registers", "shared_mem", "warps")
 STALLS = (

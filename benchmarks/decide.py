@@ -47,13 +47,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tail_table
-from inputs import STAGES
+from inputs import LAYOUTS, STAGES
 from measured import Card, Row, Time, by_key, read_card, read_rows, time_of, together
 from report import align
 
 from epsanet_fused.reference import CONV_KERNELS
 
-LAYOUTS = ("nchw", "channels_last")
 TIMES = ("ms_p20", "ms_p50", "ms_p80", "device")
 RESULTS = ("scope", *tail_table.KEY, "backend", "ok", "cuda", *TIMES)
 POINT = ("stage", "batch", "dtype", "layout", "cache")

@@ -39,7 +39,7 @@ from gpu_plan import (
     plan,
     with_deadline,
 )
-from options import positive_float
+from options import SKIPPED, positive_float
 from plots import draw_all
 from report import COLUMNS, align, read_csv, write_csv
 from summary import summary
@@ -48,7 +48,6 @@ from epsanet_fused.files import write_atomically
 
 NO_GPU = 2
 CUDA_BIN = "/usr/local/cuda/bin"
-SKIPPED = 77  # the exit status of a step that finds it can't run here
 # What steps write beside bench_psa.csv, which all come into results.csv. With that, log.txt and
 # plots.pdf these are at most eight files.
 FILES = ("env.json", "gpu-tests.xml", "conv-cost/conv_cost.csv", "tune/tune_triton.csv",

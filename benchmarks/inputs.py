@@ -23,6 +23,7 @@ from epsanet_fused import reference
 
 # (channels in = channels out, height = width) of a stride-1 PSA module at 224 x 224.
 STAGES = {"S1": (64, 56), "S2": (128, 28), "S3": (256, 14), "S4": (512, 7)}
+LAYOUTS = ("nchw", "channels_last")
 IMAGE_SIZE = 224
 SEED = 2105_14447
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

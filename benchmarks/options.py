@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+SKIPPED = 77  # the exit status of a script that finds it can't run here
+
 
 def add_shared(parser: argparse.ArgumentParser, seconds: float, what_seconds_do: str) -> None:
     parser.add_argument(
