@@ -216,6 +216,9 @@ def test_what_was_left_out_shows_in_the_table(tmp_path, bench):
     assert ends["module"][1:] == ("INCOMPLETE", 1.0, "2 rows out of time, see log.txt")
     assert ends["block"][1:] == ("passed", 1.0, "")
     assert ends["tests"][1:] == ("passed", 1.0, "9 tests, 0 failures, 2 skipped")
+    (tmp_path / "gpu-tests.xml").write_text(suite[:30])
+    killed = gpu_check.Outcome("tests", "OUT OF TIME", 1.0, "killed")
+    assert gpu_check.with_counts(killed, tmp_path) == killed
 
 
 def test_ours_is_timed_before_what_takes_long_to_compile(tmp_path, bench):
