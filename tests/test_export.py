@@ -63,6 +63,7 @@ def test_a_trace_holds_plain_operators(case: str, grad: bool, tmp_path: Path) ->
             torch.testing.assert_close(loaded(other), model(other))
 
 
+@pytest.mark.slow
 @each_case
 def test_compiles_without_a_graph_break(case: str) -> None:
     model, x = CASES[case]()
