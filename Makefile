@@ -9,8 +9,7 @@ OUT ?= out
 SECOND := .venv-integrations
 TIMM := $(shell sed -n 's/^timm==//p' requirements-integrations.txt)
 # What is tested once more there: what users call.
-AGAIN := $(wildcard tests/test_psa_tail*.py tests/test_norm_tail*.py) \
-	$(addprefix tests/test_,modules.py models.py checkpoint.py distributed.py fuse.py export.py)
+AGAIN := tests/ops tests/nn tests/fusion/test_fuse.py
 
 .PHONY: bench test test-slow test-integrations test-sanitized test-matrix gpu-check digits lint clean
 
@@ -29,15 +28,15 @@ test-slow: $(BUILT)
 # timm, torchvision, ONNX and the recipes, in an environment of their own with another torch, which
 # takes gigabytes and some minutes to install; the operator's tests once more, there.
 test-integrations: $(BUILT) $(SECOND)/.ready
-	$(SECOND)/bin/python -m pytest tests/integrations $(AGAIN) -n 2 --dist loadfile --timeout 600
+	$(SECOND)/bin/python -m pytest tests/integrations tests/recipes $(AGAIN) -n 2 --dist loadfile --timeout 600
 
 # The CPU kernels under AddressSanitizer and UBSan.
 test-sanitized: $(BUILT)
-	$(VENV)/bin/python tests/sanitized.py
+	$(VENV)/bin/python tests/tools/sanitized.py
 
 # One wheel under every torch and on two Pythons: half an hour, gigabytes of downloads.
 test-matrix: $(READY)
-	$(VENV)/bin/python tests/matrix.py
+	$(VENV)/bin/python tests/tools/matrix.py
 
 digits: $(BUILT)
 	$(VENV)/bin/python recipes/digits.py --out $(OUT)
@@ -45,7 +44,7 @@ digits: $(BUILT)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/emulator/*.cpp' 'tests/emulator/*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/helpers/emulator/*.cpp' 'tests/helpers/emulator/*.h')
 
 # Runs with what the machine has: no network, no .venv. See benchmarks/gpu_check.py.
 gpu-check:

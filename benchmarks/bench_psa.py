@@ -39,9 +39,9 @@ from report import AXES, COLUMNS, label, table, write_csv
 from rivals import rival_of
 
 import epsanet_fused as ef
-from epsanet_fused.backends import VARIANTS
-from epsanet_fused.progress import progress
-from epsanet_fused.timing import Clock, Timing, Variant, interleave
+from epsanet_fused.backends.registry import VARIANTS
+from epsanet_fused.utils.progress import progress
+from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave
 
 # What each mode has to move, in N: see above.
 NECESSARY = {"inference": 2, "training": 5, "backward": 3}

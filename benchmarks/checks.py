@@ -12,8 +12,8 @@ from inputs import Settings, Workload
 from providers import make_step
 from torch import Tensor, nn
 
-from epsanet_fused import oracle
-from epsanet_fused.layout import accumulator_dtype
+from epsanet_fused.testing import accuracy
+from epsanet_fused.utils.memory_format import accumulator_dtype
 
 
 class Verdict(NamedTuple):
@@ -66,8 +66,8 @@ class Judge:
         return max(verdicts, key=lambda v: (not v.ok, v.max_error / v.error_bound))
 
     def _compare(self, result: Tensor, plain: Tensor, true: Tensor) -> Verdict:
-        error = oracle.max_error(result, true)
-        allowed = oracle.bound(plain, true, self._dtype, self._largest)
+        error = accuracy.max_error(result, true)
+        allowed = accuracy.bound(plain, true, self._dtype, self._largest)
         allowed += self._reordering * max(1.0, true.abs().max().item())
         # A NaN passes no comparison, on whichever side it is.
         return Verdict(error, allowed, math.isfinite(allowed) and error <= allowed)

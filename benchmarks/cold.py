@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from environment import cache_bytes
 
-from epsanet_fused import timing
+from epsanet_fused.utils import timing
 
 # A millisecond: an eager step has up to a hundred kernels to launch.
 WAIT_CYCLES = 2_000_000

@@ -28,10 +28,10 @@ from options import add_shared, finish_shared, positive_int
 from report import align, write_csv
 from torch import Tensor
 
-from epsanet_fused.conv_weights import merge_weight
-from epsanet_fused.progress import progress
-from epsanet_fused.reference import CONV_GROUPS, CONV_KERNELS
-from epsanet_fused.timing import Clock, Timing, Variant, interleave, make_clock
+from epsanet_fused.nn.grouped_conv import merge_weight
+from epsanet_fused.nn.psa import CONV_GROUPS, CONV_KERNELS
+from epsanet_fused.utils.progress import progress
+from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave, make_clock
 
 PASSES = ("forward", "dgrad", "wgrad")
 # The fewest output channels that a merged group may have; 1 leaves the groups as they are.

@@ -40,7 +40,7 @@ from providers import PROVIDERS
 from report import align, write_csv
 
 import epsanet_fused as ef
-from epsanet_fused.backends import VARIANTS
+from epsanet_fused.backends.registry import VARIANTS
 
 MODES = {"inference": "forward", "backward": "backward"}
 LIMITS = ("blocks", "registers", "shared_mem", "warps")

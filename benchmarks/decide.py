@@ -51,7 +51,7 @@ from inputs import LAYOUTS, STAGES
 from measured import Card, Row, Time, by_key, read_card, read_rows, time_of, together
 from report import align
 
-from epsanet_fused.reference import CONV_KERNELS
+from epsanet_fused.nn.psa import CONV_KERNELS
 
 TIMES = ("ms_p20", "ms_p50", "ms_p80", "device")
 RESULTS = ("scope", *tail_table.KEY, "backend", "ok", "cuda", *TIMES)

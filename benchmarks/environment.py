@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import epsanet_fused as ef
-from epsanet_fused.machine import cpu_model
+from epsanet_fused.utils.device_info import cpu_model
 
 SMI_FIELDS = (
     "name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm",

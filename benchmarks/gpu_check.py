@@ -44,7 +44,7 @@ from plots import draw_all
 from report import COLUMNS, align, read_csv, write_csv
 from summary import summary
 
-from epsanet_fused.files import write_atomically
+from epsanet_fused.utils.atomic_write import write_atomically
 
 NO_GPU = 2
 CUDA_BIN = "/usr/local/cuda/bin"

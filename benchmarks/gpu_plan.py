@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rivals import RIVALS
 
-from epsanet_fused.backends import VARIANTS
-from epsanet_fused.backends.native import library
+from epsanet_fused.backends.compiled import library
+from epsanet_fused.backends.registry import VARIANTS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

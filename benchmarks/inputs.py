@@ -19,7 +19,7 @@ from rivals import RIVALS
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused import reference
+from epsanet_fused.nn.psa import recalibrate_and_concat
 
 # (channels in = channels out, height = width) of a stride-1 PSA module at 224 x 224.
 STAGES = {"S1": (64, 56), "S2": (128, 28), "S3": (256, 14), "S4": (512, 7)}
@@ -37,7 +37,7 @@ class LiteralTail(nn.Module):
         self.se = se
 
     def forward(self, *branches: Tensor) -> Tensor:
-        return reference.psa_tail(list(branches), [self.se(branch) for branch in branches])
+        return recalibrate_and_concat(list(branches), [self.se(branch) for branch in branches])
 
 
 class OperatorTail(LiteralTail):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from report import COLUMNS, Row, label, read_csv, varying_axes
 
-from epsanet_fused.files import write_atomically
+from epsanet_fused.utils.atomic_write import write_atomically
 
 Value = tuple[float, float, float]  # low, middle, high
 # For each series, such as a provider, its value at some of the places on the x axis.

@@ -20,8 +20,8 @@ from rivals import RIVALS
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused.backends import VARIANTS, resolve
-from epsanet_fused.cuda_graph import GraphedModel
+from epsanet_fused.backends.registry import VARIANTS, resolve
+from epsanet_fused.inference.cuda_graph import GraphedModel
 
 Step = Callable[[], list[Tensor]]
 
@@ -304,7 +304,7 @@ def _table() -> dict[str, Provider]:
     for rival, name in itertools.product(RIVALS, _FOR_RIVALS):
         prepare = bind(_of_rival, rival, table[name].prepare)
         table[f"{rival}:{name}"] = table[name]._replace(prepare=prepare, scopes=("network",))
-    for name in (*ef.backends(), *VARIANTS):
+    for name in (*ef.list_backends(), *VARIANTS):
         if name != "reference":  # that is "cleaned"
             runs = Provider(bind(_ours, name), bind(_needs_backend, name))
             # Not every backend has the operator of training; "fused" takes the one that does.
@@ -330,5 +330,5 @@ def defaults(device: torch.device, scope: str) -> list[str]:
         for name, provider in PROVIDERS.items()
         if scope in provider.scopes
         and name not in (*doubles, *VARIANTS)
-        and (name in ("compile", *ef.backends()) or provider.unavailable(device) is None)
+        and (name in ("compile", *ef.list_backends()) or provider.unavailable(device) is None)
     ]

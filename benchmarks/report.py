@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from epsanet_fused.files import write_atomically
+from epsanet_fused.utils.atomic_write import write_atomically
 
 Row = Mapping[str, object]
 

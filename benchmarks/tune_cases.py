@@ -15,8 +15,8 @@ from ahead import launches
 from inputs import SEED, STAGES
 from torch import Tensor
 
-from epsanet_fused.backends.triton import config, kernels, launch, norm_launch
-from epsanet_fused.layout import accumulator_dtype
+from epsanet_fused.backends.triton import config, launch, launch_norm, psa_tail
+from epsanet_fused.utils.memory_format import accumulator_dtype
 
 BRANCHES = 4
 REDUCTION = 16
@@ -107,7 +107,7 @@ class Tensors:
         self.squeeze, self.deviation, self.attention = (numbers(B, S, C) for _ in range(3))
         self.weight, self.shift, self.factor, self.spread = (numbers(B, S, C) for _ in range(4))
         self.for_fc = [numbers(B, S, R), numbers(B, S, R), numbers(B, S, C)]
-        self.norm = norm_launch.Norm(*(numbers(S * C) for _ in range(4)), eps=1e-5)
+        self.norm = launch_norm.Norm(*(numbers(S * C) for _ in range(4)), eps=1e-5)
         self.problem = launch.problem(self.branches, self.cat)
 
 
@@ -122,12 +122,12 @@ def sum_backward(t: Tensors) -> Sequence[Tensor]:
 
 
 def deviations(t: Tensors) -> Sequence[Tensor]:
-    norm_launch.deviations_and_gate(t.problem, t.squeeze, t.deviation, t.attention, t.fc)
+    launch_norm.deviations_and_gate(t.problem, t.squeeze, t.deviation, t.attention, t.fc)
     return t.squeeze, t.deviation, t.attention
 
 
 def gradient_sums(t: Tensors) -> Sequence[Tensor]:
-    return norm_launch.gradient_sums(t.problem, t.squeeze, t.attention, t.norm)
+    return launch_norm.gradient_sums(t.problem, t.squeeze, t.attention, t.norm)
 
 
 def recalibrate(t: Tensors) -> Sequence[Tensor]:
@@ -141,13 +141,13 @@ def recalibrate_backward(t: Tensors) -> Sequence[Tensor]:
 
 
 def normalize(t: Tensors) -> Sequence[Tensor]:
-    norm_launch.normalize(t.problem, t.squeeze, t.weight, t.shift)
+    launch_norm.normalize(t.problem, t.squeeze, t.weight, t.shift)
     return (t.cat,)
 
 
 def normalize_backward(t: Tensors) -> Sequence[Tensor]:
     problem = launch.problem(t.branches, t.cat, t.grads)
-    norm_launch.normalize(problem, t.squeeze, t.weight, t.shift, t.factor, t.spread)
+    launch_norm.normalize(problem, t.squeeze, t.weight, t.shift, t.factor, t.spread)
     return t.grads
 
 
@@ -201,7 +201,7 @@ def applied(candidate: Candidate) -> AbstractContextManager[object]:
         return nullcontext()
     if candidate.row is None:
         return mock.patch.object(config, candidate.table, candidate.value)
-    row = "interpreted" if kernels.INTERPRETED else candidate.row
+    row = "interpreted" if psa_tail.INTERPRETED else candidate.row
     return mock.patch.dict(getattr(config, candidate.table), {row: candidate.value})
 
 
@@ -230,11 +230,11 @@ def _cut(case: Case) -> Cut:
     if case.kind in SUMS:
         return config.sum_config(
             B, S, C, HW, case.itemsize, case.channels_last, case.kind != "sum",
-            kernels.INTERPRETED, case.may_fold,
+            psa_tail.INTERPRETED, case.may_fold,
         )  # fmt: skip
     normalizes = case.kind.startswith("normalize")
     make = config.normalize_config if normalizes else config.recalibrate_config
-    found = make(C, HW, case.channels_last, kernels.INTERPRETED)
+    found = make(C, HW, case.channels_last, psa_tail.INTERPRETED)
     return found if case.channels_last else (found.block, found.warps)  # NCHW is one flat run
 
 

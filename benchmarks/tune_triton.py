@@ -47,8 +47,8 @@ from tune_cases import (
 )
 
 from epsanet_fused.backends.triton import unavailable
-from epsanet_fused.progress import progress
-from epsanet_fused.timing import Clock, Timing, Variant, interleave
+from epsanet_fused.utils.progress import progress
+from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave
 
 COLUMNS = (
     "setting", "present", "candidate", "kind", "stage", "batch", "dtype", "layout", "cache",

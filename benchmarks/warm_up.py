@@ -24,7 +24,7 @@ from providers import PROVIDERS
 from rivals import rival_of
 from torch._inductor import config as inductor
 
-from epsanet_fused.backends import use_backend
+from epsanet_fused.backends.registry import use_backend
 
 COMPILED = ("compile", "compile-reduce-overhead")
 

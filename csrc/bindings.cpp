@@ -169,7 +169,7 @@ STABLE_TORCH_LIBRARY_IMPL(epsanet_fused, CUDA, m) {
 }
 #endif
 
-// What is in this file, for backends() to tell; by ctypes.
+// What is in this file, for list_backends() to tell; by ctypes.
 #define PSA_TOLD extern "C" __attribute__((visibility("default"))) const char*
 
 PSA_TOLD epsanet_fused_cpu_capability() {

@@ -1,12 +1,12 @@
 """EPSANet's Pyramid Squeeze Attention, fused: same weights, same numbers, less time."""
 
 from epsanet_fused._version import __version__
-from epsanet_fused.backends import backends, use_backend
-from epsanet_fused.checkpoint import load_checkpoint
-from epsanet_fused.conv_plan import plan_convs, use_plans
-from epsanet_fused.fuse import fuse
-from epsanet_fused.inference import optimize_for_inference
-from epsanet_fused.models import (
+from epsanet_fused.backends.registry import list_backends, use_backend
+from epsanet_fused.fusion.fuse import fuse
+from epsanet_fused.inference.conv_planner import plan_convs, use_plans
+from epsanet_fused.inference.optimize import optimize_for_inference
+from epsanet_fused.nn.checkpoint import load_checkpoint
+from epsanet_fused.nn.epsanet import (
     EPSABlock,
     EPSANet,
     epsanet50,
@@ -14,10 +14,10 @@ from epsanet_fused.models import (
     epsanet101,
     epsanet101_large,
 )
-from epsanet_fused.modules import FusedPSAModule
-from epsanet_fused.norm_tail import psa_tail_norm
-from epsanet_fused.ops import psa_tail
-from epsanet_fused.reference import PSAModule, SEWeightModule
+from epsanet_fused.nn.fused_psa import FusedPSAModule
+from epsanet_fused.nn.psa import PSAModule, SEWeightModule
+from epsanet_fused.ops.psa_tail import psa_tail
+from epsanet_fused.ops.psa_tail_norm import psa_tail_norm
 
 __all__ = [
     "EPSABlock",
@@ -26,12 +26,12 @@ __all__ = [
     "PSAModule",
     "SEWeightModule",
     "__version__",
-    "backends",
     "epsanet50",
     "epsanet50_large",
     "epsanet101",
     "epsanet101_large",
     "fuse",
+    "list_backends",
     "load_checkpoint",
     "optimize_for_inference",
     "plan_convs",

@@ -12,7 +12,7 @@ import sys
 import torch
 
 import epsanet_fused as ef
-from epsanet_fused.selfcheck import self_check
+from epsanet_fused.testing.self_check import self_check
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
     for device, name in devices.items():
         print(f"  {device:10s} {name}")
     print("\nbackends")
-    for name, status in ef.backends().items():
+    for name, status in ef.list_backends().items():
         print(f"  {name:10s} {'can run' if status.available else 'cannot run: ' + status.reason}")
     print("\nself-check, forward and backward against the reference in float64")
     checks = self_check(list(devices))

@@ -48,8 +48,8 @@ from torch.utils.data import DataLoader
 from training import Means, Trainer, autocast, load_weights, merge_groups, progress_bar
 
 import epsanet_fused as ef
-from epsanet_fused.checkpoint import read_checkpoint
-from epsanet_fused.models import ARCHITECTURES
+from epsanet_fused.nn.checkpoint import read_checkpoint
+from epsanet_fused.nn.epsanet import ARCHITECTURES
 
 # What a run's numbers don't hang on, or hang on through the micro-batch alone.
 ELSEWHERE = {"data", "out", "resume", "weights", "eval", "workers", "device", "accumulate"}

@@ -59,7 +59,7 @@ from epsanet_fused.integrations.torchvision import (
     maskrcnn_epsanet50_fpn,
     retinanet_epsanet50_fpn,
 )
-from epsanet_fused.models import ARCHITECTURES
+from epsanet_fused.nn.epsanet import ARCHITECTURES
 
 DETECTORS = {
     "fasterrcnn": fasterrcnn_epsanet50_fpn,

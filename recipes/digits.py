@@ -30,7 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused.files import write_atomically
+from epsanet_fused.utils.atomic_write import write_atomically
 
 DTYPE = torch.float64
 TOLERANCE = 1e-6

@@ -15,7 +15,7 @@ import torch
 from processes import InputError, RunError, World, reason_of
 from training import Trainer
 
-from epsanet_fused.files import write_atomically
+from epsanet_fused.utils.atomic_write import write_atomically
 
 Row = dict[str, Any]
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import epsanet_fused as ef
-from epsanet_fused.planned_conv import ConvPlan
+from epsanet_fused.nn.grouped_conv import ConvPlan
 
 CHECK_EVERY = 20  # steps from one look at the loss to the next: each waits for the device
 

@@ -11,7 +11,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from scripts import BENCHMARKS
 
 # Triton decides on import whether its kernels are interpreted, which is how they run on a CPU.
 # The tests in tests/gpu are started with TRITON_INTERPRET=0.
@@ -39,9 +38,8 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+def bench() -> Callable[[str], ModuleType]:
     """Imports a benchmark's module as its sibling scripts do: by its folder on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 

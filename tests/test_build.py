@@ -20,7 +20,7 @@ USE = (
     "    ef.psa_tail([torch.randn(1, 4, 2, 2)] * 2, torch.ones(1, 4), torch.ones(1),\n"
     "                torch.ones(4, 1), torch.ones(4))\n"
     "print(ef.__file__)\n"
-    "print(ef.backends()['cpu'])\n"
+    "print(ef.list_backends()['cpu'])\n"
     "print(len(seen), seen[0].message)\n"
 )
 
@@ -141,7 +141,7 @@ def test_auto_without_a_toolkit_builds_the_cpu_half_and_remembers_why(source: Pa
     assert "-abi3-" in wheel.name
     site = wheel.parent / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = "import epsanet_fused as ef; print(*ef.backends().values(), sep='\\n')"
+    code = "import epsanet_fused as ef; print(*ef.list_backends().values(), sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(site)},
         cwd=site, capture_output=True, text=True, check=True,

@@ -7,20 +7,21 @@ import re
 
 import pytest
 import torch
-from snippets import PAGES, ROOT, python_blocks
+from helpers.processes import PAGES, ROOT, python_blocks
 
 import epsanet_fused as ef
-from epsanet_fused import conv_plan, inference, timing
+from epsanet_fused.inference import conv_planner, optimize
+from epsanet_fused.utils import timing
 
 README = PAGES[0].read_text()
 
 
 def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "SECONDS", 0.0)
-    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
+    monkeypatch.setattr(optimize, "SECONDS", 0.0)
+    monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
-    all_candidates = conv_plan.candidates
-    monkeypatch.setattr(conv_plan, "candidates", lambda problem: all_candidates(problem)[:2])
+    all_candidates = conv_planner.candidates
+    monkeypatch.setattr(conv_planner, "candidates", lambda problem: all_candidates(problem)[:2])
     use, operator, training, fuse, inference_block = python_blocks(PAGES[0], needs_more=False)
     names: dict[str, object] = {}
     exec(use, names)

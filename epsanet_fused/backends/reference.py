@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epsanet_fused.layout import accumulator_dtype, empty_grad, output_format
+from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, output_format
 
 
 def unavailable(device_type: str) -> str | None:

@@ -42,8 +42,8 @@ except ImportError as error:
         "goes with the installed torch: pip install torchvision"
     ) from error
 
-from epsanet_fused.checkpoint import check_fit, read_checkpoint
-from epsanet_fused.models import ARCHITECTURES, EPSANet
+from epsanet_fused.nn.checkpoint import check_fit, read_checkpoint
+from epsanet_fused.nn.epsanet import ARCHITECTURES, EPSANet
 
 StrPath = str | os.PathLike[str]
 

@@ -7,16 +7,14 @@ import pickle
 
 import pytest
 import torch
-from card import ON_A_CARD
-from networks import ResNetBlock, small
+from helpers.networks import ResNetBlock, small
 
 import epsanet_fused as ef
-from epsanet_fused import conv_plan, inference
-from epsanet_fused.planned_blocks import Rewrites
-from epsanet_fused.planned_conv import ConvPlan
-from epsanet_fused.rewrite import apply, find_targets
+from epsanet_fused.inference import conv_planner, optimize
+from epsanet_fused.inference.blocks import Rewrites
+from epsanet_fused.inference.rewrite import apply, find_targets
+from epsanet_fused.nn.grouped_conv import ConvPlan
 
-pytestmark = ON_A_CARD
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -24,8 +22,8 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 @pytest.fixture(autouse=True)
 def _exact_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(inference, "SECONDS", 0.0)
-    monkeypatch.setattr(conv_plan, "SECONDS", 0.0)
+    monkeypatch.setattr(optimize, "SECONDS", 0.0)
+    monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
 
 
 def case(dtype: torch.dtype, block=ef.EPSABlock):
@@ -76,7 +74,7 @@ def test_the_whole_way(dtype, cuda_graph):
 def test_a_graph_follows_its_parameters_and_keeps_results_apart():
     model, x = case(torch.float32)
     with torch.no_grad():
-        made = inference.GraphedModel(
+        made = optimize.GraphedModel(
             apply(model, find_targets(model, (x,)), Rewrites(torch.channels_last)), (x,)
         )
         first = made(x)
@@ -95,7 +93,7 @@ def test_a_graph_follows_its_parameters_and_keeps_results_apart():
 
 def test_a_graph_captured_in_inference_mode_serves_outside_of_it():
     model, x = case(torch.float32)
-    made = inference.GraphedModel(model, (x,))
+    made = optimize.GraphedModel(model, (x,))
     with torch.inference_mode():
         first = made(x)
     later = made(x.clone().requires_grad_())

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from card import ON_A_CARD
-from cases import (
+from helpers.cases import (
     DTYPES,
     LAYOUTS,
     SHAPES,
@@ -20,11 +19,10 @@ from cases import (
 )
 
 import epsanet_fused as ef
-from epsanet_fused.backends import VARIANTS
-from epsanet_fused.oracle import evaluate, plain_tail
+from epsanet_fused.backends.registry import VARIANTS
+from epsanet_fused.testing.accuracy import evaluate, plain_tail
 
-pytestmark = ON_A_CARD
-BACKENDS = [n for n, status in ef.backends().items() if status.available and n != "cpu"]
+BACKENDS = [n for n, status in ef.list_backends().items() if status.available and n != "cpu"]
 FUSED = [name for name in BACKENDS if name != "reference"]
 PATHS = VARIANTS if "cuda" in FUSED else ()
 STAGES = ("S1", "S2", "S3", "S4")

@@ -14,12 +14,10 @@ import numpy as np
 import psa_variants as variants
 import pytest
 import torch
-from card import ON_A_CARD
 from PIL import Image
 
 import epsanet_fused as ef
 
-pytestmark = ON_A_CARD
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "classification.py"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 
 import epsanet_fused.integrations.timm  # noqa: F401  registers the models
-from epsanet_fused.models import ARCHITECTURES
+from epsanet_fused.nn.epsanet import ARCHITECTURES
 
 _list_models = timm.list_models
 

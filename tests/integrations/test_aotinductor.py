@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import exported, module, other_inputs
+from helpers.networks import exported, module, other_inputs
 
 import epsanet_fused as ef
 

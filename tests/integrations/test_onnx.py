@@ -10,8 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_cases import CASES, DYNAMIC, other_inputs
-from psa_cases import VARIANTS, holder
+from helpers.networks import CASES, DYNAMIC, other_inputs
+from helpers.psa_variants import VARIANTS, holder
 from torch import nn
 
 import epsanet_fused as ef

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from coco_set import write_backbone, write_coco
-from datasets import write_digits
-from recipe_runs import environment
-from snippets import PAGES, ROOT, commands, python_blocks
+from helpers.datasets import write_backbone, write_coco, write_digits
+from helpers.processes import PAGES, ROOT, commands, environment, python_blocks
 
 import epsanet_fused as ef
 

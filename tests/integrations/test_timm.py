@@ -12,8 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from networks import calibrate
-from rewrites import all_on, assert_same
+from helpers.networks import all_on, assert_same, calibrate
 from timm.data import resolve_data_config
 from timm.layers import DropPath
 from timm.models import group_parameters
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 import epsanet_fused.integrations.timm as ours
-from epsanet_fused.planned_blocks import PlannedBlock
+from epsanet_fused.inference.blocks import PlannedBlock
 
 NETWORKS = {
     "epsanet50": (ef.epsanet50, 22_561_715, 432),

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import timm
 
-from epsanet_fused.models import ARCHITECTURES
+from epsanet_fused.nn.epsanet import ARCHITECTURES
 
 HERE = Path(__file__).resolve().parent
 SOURCES = Path(sys.prefix) / "sources" / f"timm-{timm.__version__}"  # the Makefile unpacks them

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from coco_set import write_backbone
+from helpers.datasets import write_backbone
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FrozenBatchNorm2d
@@ -24,7 +24,7 @@ from epsanet_fused.integrations.torchvision import (
     maskrcnn_epsanet50_fpn,
     retinanet_epsanet50_fpn,
 )
-from epsanet_fused.models import ARCHITECTURES
+from epsanet_fused.nn.epsanet import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

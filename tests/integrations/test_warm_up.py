@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import BENCHMARKS
+from helpers.processes import BENCHMARKS
 
 # A script of the benchmarks, and then what Inductor says of its cache.
 RUN = """

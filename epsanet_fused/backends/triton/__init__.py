@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from epsanet_fused.layout import accumulator_dtype, empty_grad, empty_output
+from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, empty_output
 
 
 @functools.cache
@@ -22,14 +22,14 @@ def unavailable(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        from epsanet_fused.backends.triton import kernels
+        from epsanet_fused.backends.triton import psa_tail
     except Exception as error:  # a triton that doesn't match torch or Python fails in many ways
         return f"triton fails to import: {type(error).__name__}: {error}"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
-    if device_type == "cuda" and kernels.INTERPRETED:
+    if device_type == "cuda" and psa_tail.INTERPRETED:
         return "TRITON_INTERPRET=1 is set, which is for tests on a CPU"
-    if device_type == "cuda" or (device_type == "cpu" and kernels.INTERPRETED):
+    if device_type == "cuda" or (device_type == "cpu" and psa_tail.INTERPRETED):
         return None
     if device_type == "cpu":
         return "it needs a CUDA or ROCm device; on a CPU it is for tests, under TRITON_INTERPRET=1"
@@ -104,7 +104,7 @@ def norm_forward(
     beta: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from epsanet_fused.backends.triton import launch, norm_launch
+    from epsanet_fused.backends.triton import launch, launch_norm
 
     out = empty_output(branches)
     B, C = branches[0].shape[:2]
@@ -115,12 +115,12 @@ def norm_forward(
         return out, squeeze, deviation, attention, mean.zero_(), var.zero_()
     fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
     gamma, beta = (None if v is None else v.contiguous() for v in (gamma, beta))
-    norm = norm_launch.Norm(gamma, beta, mean, var, eps)
+    norm = launch_norm.Norm(gamma, beta, mean, var, eps)
     with _on_device_of(out):
         problem = launch.problem(branches, out)
-        norm_launch.deviations_and_gate(problem, squeeze, deviation, attention, fc)
-        weight, shift = norm_launch.statistics(problem, squeeze, deviation, attention, norm)
-        norm_launch.normalize(problem, squeeze, weight, shift)
+        launch_norm.deviations_and_gate(problem, squeeze, deviation, attention, fc)
+        weight, shift = launch_norm.statistics(problem, squeeze, deviation, attention, norm)
+        launch_norm.normalize(problem, squeeze, weight, shift)
     return out, squeeze, deviation, attention, mean, var
 
 
@@ -143,7 +143,7 @@ def norm_backward(
     fc_grads: bool,
     norm_grads: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    from epsanet_fused.backends.triton import launch, norm_launch
+    from epsanet_fused.backends.triton import launch, launch_norm
 
     fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
     gamma, beta = (None if v is None else v.contiguous() for v in (gamma, beta))
@@ -156,23 +156,23 @@ def norm_backward(
     for_attention: Sequence[Tensor | None] = (None,) * 5
     if branch_grads or fc_grads:
         for_attention = squeeze.new_empty((5, *squeeze.shape)).unbind()
-    norm = norm_launch.Norm(gamma, beta, mean, var, eps)
+    norm = launch_norm.Norm(gamma, beta, mean, var, eps)
     samples = (squeeze, deviation, attention)
     with _on_device_of(grad):
         problem = launch.problem(branches, grad, grad_branches)
-        sums = norm_launch.gradient_sums(problem, squeeze, attention, norm)
-        norm_launch.gradient_statistics(problem, sums, *samples, norm, both, for_attention)
+        sums = launch_norm.gradient_sums(problem, squeeze, attention, norm)
+        launch_norm.gradient_statistics(problem, sums, *samples, norm, both, for_attention)
         if branch_grads or fc_grads:
             grad_attention, weight, shift, factor, constant = for_attention
             spread = torch.empty_like(squeeze)
             for_fc = _for_fc(squeeze, fc1_weight.shape[0]) if fc_grads else (None,) * 3
-            norm_launch.gate_backward(
+            launch_norm.gate_backward(
                 problem, grad_attention, squeeze, attention, fc, constant, spread, for_fc
             )
             if fc_grads:
                 launch.fc_grads(squeeze, for_fc, grad_fc)
             if branch_grads:
-                norm_launch.normalize(problem, squeeze, weight, shift, factor, spread)
+                launch_norm.normalize(problem, squeeze, weight, shift, factor, spread)
     return grad_branches, grad_fc, grad_norm
 
 

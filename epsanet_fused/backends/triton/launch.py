@@ -11,8 +11,8 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 from triton import language as tl
 
-from epsanet_fused.backends.triton import config, kernels
-from epsanet_fused.layout import accumulator_dtype, output_format
+from epsanet_fused.backends.triton import config, psa_tail
+from epsanet_fused.utils.memory_format import accumulator_dtype, output_format
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Said aloud, since Triton 3.10 changes the default: a product and a sum may round once.
@@ -85,7 +85,7 @@ def sum_and_gate(
     for_fc are hidden (B, S, R), grad_pre1 (B, S, R) and grad_pre2 (B, S, C).
     """
     B, S, C, HW = p.sizes
-    itemsize, interpreted = p.cat.element_size(), kernels.INTERPRETED
+    itemsize, interpreted = p.cat.element_size(), psa_tail.INTERPRETED
     cfg = config.sum_config(B, S, C, HW, itemsize, p.channels_last, with_cat, interpreted)
     sums = squeeze.new_empty((B, cfg.splits, S, C))
     cat, cat_strides = (p.cat, p.cat_strides) if with_cat else (None, None)
@@ -94,16 +94,16 @@ def sum_and_gate(
     gate = gate_constants(S, C, R=fc[0].shape[0])
     blocks = {"BLOCK_C": cfg.block_c, "BLOCK_P": cfg.block_p}
     if cfg.fold_gate:
-        kernels.sum_gate_kernel[(B,)](
+        psa_tail.sum_gate_kernel[(B,)](
             *tensors, *gate_tensors, tiles=cfg.tiles, num_warps=cfg.warps,
             **blocks, **gate, **tile_arguments(p), **OPTIONS,
         )  # fmt: skip
         return
-    kernels.sum_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
+    psa_tail.sum_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
         *tensors, splits=cfg.splits, tiles=cfg.tiles, num_warps=cfg.warps,
         **blocks, **tile_arguments(p), **OPTIONS,
     )  # fmt: skip
-    kernels.gate_kernel[(B,)](
+    psa_tail.gate_kernel[(B,)](
         sums, *gate_tensors, C=C, HW=HW, splits=cfg.splits, S=S, ACC=ACC[p.acc], **gate, **OPTIONS
     )
 
@@ -118,18 +118,18 @@ def recalibrate(
 ) -> None:
     """Forward: write the cat from the parts. Backward (with spread): the parts from the cat."""
     B, S, C, HW = p.sizes
-    cfg = config.recalibrate_config(C, HW, p.channels_last, kernels.INTERPRETED)
+    cfg = config.recalibrate_config(C, HW, p.channels_last, psa_tail.INTERPRETED)
     vectors = (attention, spread, scale, shift)
     if is_flat(p, cfg.block):
         group = 8 if HW % 8 == 0 else 1
         div = math.gcd(16, C * HW)
-        kernels.recalibrate_flat_kernel[(B * cdiv(C * HW, cfg.block),)](
+        psa_tail.recalibrate_flat_kernel[(B * cdiv(C * HW, cfg.block),)](
             p.parts, p.cat, *vectors, size=C * HW // div, C=C, groups=HW // group, S=S, DIV=div,
             GROUP=group, RELU=relu, BLOCK=cfg.block, ACC=ACC[p.acc], num_warps=cfg.warps,
             **OPTIONS,
         )  # fmt: skip
         return
-    kernels.recalibrate_kernel[(B * cdiv(C, cfg.block_c) * cdiv(HW, cfg.block_p),)](
+    psa_tail.recalibrate_kernel[(B * cdiv(C, cfg.block_c) * cdiv(HW, cfg.block_p),)](
         p.parts, p.part_strides, p.cat, p.cat_strides, *vectors, RELU=relu,
         BLOCK_C=cfg.block_c, BLOCK_P=cfg.block_p, num_warps=cfg.warps,
         **tile_arguments(p), **OPTIONS,
@@ -147,8 +147,8 @@ def fc_grads(squeeze: Tensor, for_fc: Sequence[Tensor], grads: Sequence[Tensor])
     """Write the gradients of fc1's weight (R, C) and bias, fc2's weight (C, R) and bias."""
     B, S, C = squeeze.shape
     R = grads[0].shape[0]
-    block_c, block_r, block_n = config.fc_grad_blocks(C, R, kernels.INTERPRETED)
-    kernels.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
+    block_c, block_r, block_n = config.fc_grad_blocks(C, R, psa_tail.INTERPRETED)
+    psa_tail.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
         squeeze, *for_fc, *grads, rows=B * S, C=C, R=R,
         BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_N=block_n, ACC=ACC[squeeze.dtype],
         **OPTIONS,

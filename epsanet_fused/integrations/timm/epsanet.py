@@ -23,8 +23,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from epsanet_fused import models
-from epsanet_fused.models import ARCHITECTURES, EPSABlock, NormLayer
+from epsanet_fused.nn import epsanet
+from epsanet_fused.nn.epsanet import ARCHITECTURES, EPSABlock, NormLayer
 
 __all__ = ["EPSANet", "epsanet50", "epsanet50_large", "epsanet101", "epsanet101_large"]
 
@@ -32,7 +32,7 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
-class EPSANet(models.EPSANet):
+class EPSANet(epsanet.EPSANet):
     """``epsanet_fused.EPSANet`` with the methods of timm's models; the same state_dict keys.
 
     Args:

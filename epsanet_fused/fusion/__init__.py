@@ -1,0 +1,1 @@
+"""Other people's PSA modules: found, verified and replaced."""

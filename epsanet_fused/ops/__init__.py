@@ -1,0 +1,1 @@
+"""The operators: schema, checks, fake kernels and autograd."""

@@ -1,0 +1,1 @@
+"""Accuracy against the float64 oracle, and the self-check."""

@@ -1,0 +1,55 @@
+"""A quick check of every backend that can run here, against the float64 oracle."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from epsanet_fused.backends.registry import list_backends, room, use_backend
+from epsanet_fused.ops.psa_tail import psa_tail
+from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
+
+
+class Check(NamedTuple):
+    """One backend on one device: its largest error as a share of what passes, or why none."""
+
+    backend: str
+    device: str
+    share: float | None
+    message: str
+
+    @property
+    def passed(self) -> bool:
+        return self.share is not None and self.share <= 1.0
+
+
+def self_check(devices: list[str]) -> list[Check]:
+    """Forward and backward of "auto" and each backend on each device it can use, in float32."""
+    return [
+        _check(name, device)
+        for name in ("auto", *list_backends())
+        for device in devices
+        if name == "auto" or room(name).unavailable(torch.device(device).type) is None
+    ]
+
+
+def _check(name: str, device: str) -> Check:
+    g = torch.Generator().manual_seed(0)
+    branches = [torch.randn(2, 32, 14, 14, generator=g).to(device) for _ in range(4)]
+    shapes = ((2, 32, 1, 1), (2,), (32, 2, 1, 1), (32,))
+    fc = [torch.randn(s, generator=g).to(device) for s in shapes]
+    grad = torch.randn(2, 128, 14, 14, generator=g).to(device)
+    oracle = evaluate(plain_tail, branches, fc, grad, torch.float64)
+    plain = evaluate(plain_tail, branches, fc, grad)
+    try:
+        with use_backend(name):
+            results = evaluate(psa_tail, branches, fc, grad)
+    except Exception as error:  # a report on this machine, whatever is wrong with it
+        return Check(name, device, None, f"{type(error).__name__}: {error}")
+    size = max(t.abs().max().item() for t in oracle)
+    share = max(
+        max_error(r, o) / bound(p, o, torch.float32, size)
+        for r, o, p in zip(results, oracle, plain, strict=True)
+    )
+    return Check(name, device, share, f"largest error is {share:.0%} of what passes")

@@ -1,0 +1,217 @@
+"""The compiled CPU kernels: every instruction set, any number of threads, whatever is passed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cases import LAYOUTS, Case, Shape, assert_accurate, expected, make_case
+from helpers.norm_cases import evaluate_norm, expected_norm, make_norm_case
+
+import epsanet_fused as ef
+from epsanet_fused.backends.compiled import library
+from epsanet_fused.testing.accuracy import evaluate
+
+OPS = torch.ops.epsanet_fused
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+VARIABLE = "EPSANET_FUSED_CPU_CAPABILITY"
+
+
+def test_the_library_is_there() -> None:
+    assert library().problem is None
+
+
+def with_capability(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, *command], env=env | {VARIABLE: capability},
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_gives_the_right_numbers(capability: str) -> None:
+    """The operator's tests over the backend `cpu`, in a process that uses this instruction set."""
+    which = "from epsanet_fused.backends.compiled import library; print(library().cpu_capability)"
+    if with_capability(capability, "-c", which).stdout.strip() != capability:
+        pytest.skip(f"this CPU has no {capability}")
+    files = ("ops/test_psa_tail.py", "ops/test_psa_tail_norm.py", "backends/test_cpu_kernels.py")
+    tests = (*(f"tests/{file}" for file in files), "-k", "cpu and not every")
+    done = with_capability(
+        capability, "-m", "pytest", "-q", *tests, "-p", "no:cacheprovider", "-p", "no:xdist"
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_an_unknown_instruction_set_is_named() -> None:
+    code = (
+        "import torch, warnings, epsanet_fused as ef; print(ef.list_backends()['cpu'].reason)\n"
+        "x = [torch.ones(1, 4, 2, 2)] * 2\n"
+        "w = (torch.ones(1, 4), torch.ones(1), torch.ones(4, 1), torch.ones(4))\n"
+        "with warnings.catch_warnings(record=True): print(ef.psa_tail(x, *w).shape)\n"
+        "try: torch.ops.epsanet_fused.psa_tail_native(x, *w, None, None, False, 0)\n"
+        "except Exception as error: print(error)"
+    )
+    done = with_capability("avx9", "-c", code)
+    reason, shape, error = done.stdout.splitlines()
+    assert reason == f"{VARIABLE}='avx9' is nothing that this CPU has"
+    assert shape == "torch.Size([1, 8, 2, 2])"
+    assert "must be one of" in error
+    assert error.endswith("on this CPU, got avx9")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_every_16_bit_number_is_read_and_rounded_right(dtype: torch.dtype, layout: str) -> None:
+    """All bit patterns whose sum is finite, times a scale that needs rounding."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    bits = bits[bits.float().abs() < 1e30]
+    x = torch.cat([bits, bits[:-1].flip(0)]).view(1, 1, -1, 1).expand(1, 18, -1, 1)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    fc = (torch.zeros(1, 18), torch.zeros(1), torch.zeros(18, 1), torch.zeros(18))
+    scale = torch.linspace(0.3, 3, 36)
+    with ef.use_backend("cpu"):
+        out = ef.psa_tail([x, x], *fc, scale=scale)
+    exact = (torch.cat([x, x], 1).float() * (0.5 * scale)[:, None, None]).to(dtype)
+    # bfloat16's conversion in hardware takes subnormal numbers for zero.
+    tiny = torch.finfo(torch.float32).tiny if dtype == torch.bfloat16 else 0.0
+    wrong = (out != exact) & (exact.float().abs() > tiny)
+    assert not wrong.any(), (x[wrong][:5], out[wrong][:5], exact[wrong][:5])
+    assert (out[exact.float().abs() <= tiny].float().abs() <= tiny).all()
+
+
+SPLIT = {
+    "a large sample": Shape(1, 4, 16, 61, 67, 1),
+    "fewer samples than threads": Shape(3, 3, 40, 23, 29, 5),
+    "many small samples": Shape(37, 2, 24, 5, 3, 2),
+    "many branches": Shape(2, 40, 3, 7, 9, 2),
+    "wide": Shape(1, 2, 700, 3, 3, 30),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SPLIT.values(), ids=SPLIT)
+def test_the_same_bits_with_any_number_of_threads(shape: Shape, layout: str, threads: None) -> None:
+    case = make_case(shape, layout=LAYOUTS[layout])
+    results = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        with ef.use_backend("cpu"):
+            results.append(evaluate(ef.psa_tail, *case))
+    oracle, plain = expected(case)
+    assert_accurate(results[0][: 1 + shape.S], oracle[: 1 + shape.S], plain[: 1 + shape.S])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SPLIT.values(), ids=SPLIT)
+def test_the_same_bits_of_psa_tail_norm_with_any_number_of_threads(
+    shape: Shape, layout: str, threads: None
+) -> None:
+    case = make_norm_case(shape, layout=LAYOUTS[layout])
+    results = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        with ef.use_backend("cpu"):
+            results.append(evaluate_norm(ef.psa_tail_norm, case))
+    oracle, plain = expected_norm(case)
+    assert_accurate(results[0], oracle, plain)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def good() -> tuple[Case, list[torch.Tensor]]:
+    case = make_case(Shape(2, 3, 8, 4, 5, 2))
+    return case, [t.flatten(1) if t.dim() == 4 else t for t in case.fc]
+
+
+def bad_forwards() -> dict[str, list[object]]:
+    case, fc = good()
+    x = case.branches
+    tail = [*fc, None, None, False, 0]
+    return {
+        "no branches": [[], *tail],
+        "one branch": [x[:1], *tail],
+        "three dimensions": [[t[0] for t in x], *tail],
+        "unequal shapes": [[x[0], x[1][:, :4], x[2]], *tail],
+        "unequal dtypes": [[x[0], x[1].double(), x[2]], *tail],
+        "integers": [[t.int() for t in x], *tail],
+        "no pixels": [[t[:, :, :0] for t in x], *tail],
+        "fc1_weight too wide": [x, fc[0].repeat(1, 2), *tail[1:]],
+        "fc1_weight a vector": [x, fc[0][0], *tail[1:]],
+        "fc1_bias too short": [x, fc[0], fc[1][:1], *tail[2:]],
+        "fc2_weight transposed": [x, *fc[:2], fc[2].T, *tail[3:]],
+        "fc2_bias of integers": [x, *fc[:3], fc[3].int(), *tail[4:]],
+        "a meta tensor": [x, *fc[:3], fc[3].to("meta"), *tail[4:]],
+        "scale too short": [x, *fc, torch.ones(8), None, False, 0],
+        "a sparse branch": [[x[0].to_sparse(), *x[1:]], *tail],
+    }
+
+
+@pytest.mark.parametrize("op", [OPS.psa_tail_native, OPS.psa_tail_inference], ids=str)
+@pytest.mark.parametrize("name", bad_forwards())
+def test_the_library_itself_refuses_bad_input(name: str, op: object) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError, ValueError, TypeError)):
+        op(*bad_forwards()[name])
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, torch.ones(2, 24, 4, 6)), (0, torch.ones(2, 24, 4, 5).double()), (1, []),
+     (2, torch.ones(2, 3, 9)), (3, torch.ones(2, 3, 8).double()),
+     (3, torch.ones(2, 8, 3).transpose(1, 2))],
+    ids=["grad's shape", "grad's dtype", "no branches", "squeeze's shape", "attention's dtype",
+         "attention's strides"],
+)  # fmt: skip
+def test_the_librarys_backward_refuses_bad_input(position: int, value: object) -> None:
+    case, fc = good()
+    _, squeeze, attention = OPS.psa_tail_native(case.branches, *fc, None, None, False, 0)
+    arguments = [case.grad, case.branches, squeeze, attention, *fc, True, True, 0]
+    OPS.psa_tail_native_backward(*arguments)
+    arguments[position] = value
+    with pytest.raises(RuntimeError):
+        OPS.psa_tail_native_backward(*arguments)
+
+
+def norm_arguments() -> tuple[list[object], list[object]]:
+    """What the library's psa_tail_norm and its backward take."""
+    case, fc = good()
+    rest = [*fc, torch.ones(24), torch.zeros(24), 1e-5]
+    _, *stats = OPS.psa_tail_norm_native(case.branches, *rest)
+    return [case.branches, *rest], [case.grad, case.branches, *stats, *rest, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, []), (0, [torch.ones(2, 8, 0, 5)] * 3), (1, torch.ones(2, 9)), (4, torch.ones(7)),
+     (5, torch.ones(8)), (6, torch.ones(24, device="meta")), (6, torch.ones(24, dtype=torch.int))],
+    ids=["no branches", "no pixels", "fc1_weight", "fc2_bias", "gamma", "a meta tensor",
+         "beta's dtype"],
+)  # fmt: skip
+def test_the_librarys_psa_tail_norm_refuses_bad_input(position: int, value: object) -> None:
+    arguments, _ = norm_arguments()
+    arguments[position] = value
+    with pytest.raises((RuntimeError, ValueError)):
+        OPS.psa_tail_norm_native(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, torch.ones(2, 24, 4, 6)), (0, torch.ones(2, 24, 4, 5).double()), (1, []),
+     (2, torch.ones(2, 3, 9)), (3, torch.ones(2, 3, 8).double()),
+     (4, torch.ones(2, 8, 3).transpose(1, 2)), (5, torch.ones(8)), (6, torch.ones(48)[::2]),
+     (11, torch.ones(23))],
+    ids=["grad's shape", "grad's dtype", "no branches", "squeeze's shape", "deviation's dtype",
+         "attention's strides", "mean's shape", "var's strides", "gamma's shape"],
+)  # fmt: skip
+def test_the_backward_of_psa_tail_norm_refuses_bad_input(position: int, value: object) -> None:
+    _, arguments = norm_arguments()
+    OPS.psa_tail_norm_native_backward(*arguments)
+    arguments[position] = value
+    with pytest.raises(RuntimeError):
+        OPS.psa_tail_norm_native_backward(*arguments)

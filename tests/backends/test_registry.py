@@ -1,0 +1,196 @@
+"""Choosing a backend, and telling what can't run and why; in fresh processes where it counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cases import Shape, make_case
+
+import epsanet_fused as ef
+from epsanet_fused.backends import defaults
+from epsanet_fused.backends.defaults import CUDA_TABLE, Problem, Row, look_up
+from epsanet_fused.backends.registry import _first_available, chosen, resolve, room
+from epsanet_fused.testing.accuracy import evaluate
+
+SHAPE = Shape(2, 3, 8, 4, 5, 2)
+HIDE_TRITON = "import sys; sys.modules['triton'] = None; "
+
+
+def python(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that treats warnings as errors, without TRITON_INTERPRET."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True, text=True, cwd=cwd, env=clean | env, check=False,
+    )  # fmt: skip
+
+
+RUN = (
+    "import torch, epsanet_fused as ef; m = ef.FusedPSAModule(64, 64); "
+    "m(torch.randn(1, 64, 8, 8)).sum().backward(); print('ran', ef.list_backends()['triton'])"
+)
+
+
+def test_runs_without_triton() -> None:
+    done = python(HIDE_TRITON + RUN)
+    assert done.returncode == 0, done.stderr
+    assert "ran" in done.stdout
+    assert "available=False" in done.stdout
+    assert "triton" in done.stdout.split("reason=")[1]
+
+
+def test_runs_where_no_device_is_visible(tmp_path: Path) -> None:
+    done = python(RUN, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert "under TRITON_INTERPRET=1" in done.stdout
+
+
+def test_importing_needs_no_optional_package() -> None:
+    """Nothing but torch is imported: not triton, not what benchmarks and recipes use."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import epsanet_fused; "
+        "print({m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    done = python(code)
+    assert done.stdout.strip() == "{'epsanet_fused'}", done.stdout + done.stderr
+
+
+def test_environment_variable_chooses() -> None:
+    code = (
+        "import torch, epsanet_fused as ef; xs = [torch.randn(1, 4, 2, 2)] * 2; "
+        "ef.psa_tail(xs, torch.ones(1, 4), torch.ones(1), torch.ones(4, 1), torch.ones(4))"
+    )
+    assert python(code, EPSANET_FUSED_BACKEND="reference").returncode == 0
+    wrong = python(code, EPSANET_FUSED_BACKEND="fastest")
+    assert wrong.returncode != 0
+    assert (
+        "EPSANET_FUSED_BACKEND must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'"
+        in wrong.stderr
+    )
+    cannot = python(code, EPSANET_FUSED_BACKEND="triton")
+    assert cannot.returncode != 0
+    assert "the backend 'triton' can't run here: it needs a CUDA or ROCm device" in cannot.stderr
+
+
+def test_use_backend_names_what_it_accepts_and_restores() -> None:
+    with pytest.raises(ValueError, match=r"use_backend: name must be one of 'auto'.*got 'cudnn'"):
+        ef.use_backend("cudnn").__enter__()
+    with pytest.raises(RuntimeError, match="interrupted"):  # noqa: SIM117, the order matters
+        with ef.use_backend("reference"), ef.use_backend("triton"):
+            assert chosen() == "triton"
+            raise RuntimeError("interrupted")
+    assert chosen() == "auto"
+
+
+def test_backward_runs_by_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epsanet_fused.backends import triton as room
+
+    calls: list[str] = []
+    backward = room.backward
+    monkeypatch.setattr(room, "backward", lambda *a: calls.append("triton") or backward(*a))
+    case = make_case(SHAPE)
+    branches = [x.requires_grad_() for x in case.branches]
+    with ef.use_backend("triton"):
+        out = ef.psa_tail(branches, *case.fc)
+    out.sum().backward()
+    assert calls == ["triton"]
+
+
+def test_threads_get_their_own_right_answers() -> None:
+    cases = [make_case(SHAPE._replace(B=b)) for b in (1, 2, 3, 4)]
+    alone = [evaluate(ef.psa_tail, *case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda case: evaluate(ef.psa_tail, *case), cases * 8))
+    for i, results in enumerate(together):
+        for a, b in zip(results, alone[i % 4], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_missing_backend_is_said_aloud_once() -> None:
+    """On a card without triton, "auto" falls back to a slower backend with one warning."""
+    code = HIDE_TRITON + (
+        "import warnings; from epsanet_fused.backends.registry import resolve\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    print(resolve('auto', 'cuda').__name__, resolve('auto', 'cuda').__name__)\n"
+        "print(len(seen), seen[0].message)"
+    )
+    done = python(code)
+    first, second = done.stdout.splitlines()
+    assert first.split() == ["epsanet_fused.backends.reference"] * 2
+    assert second.startswith("1 epsanet_fused: the backend 'triton' can't run on cuda tensors")
+    assert "slower" in second
+
+
+def test_report_of_this_machine() -> None:
+    """python -m epsanet_fused: versions, devices, backends with reasons, and a self-check."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-m", "epsanet_fused"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in (f"epsanet_fused {ef.__version__}", torch.__version__, "devices", "backends"):
+        assert text in done.stdout
+    assert "reference  on cpu      ok" in done.stdout
+    assert "cannot run: " in done.stdout or torch.cuda.is_available()
+
+
+def test_self_check_fails_where_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epsanet_fused.backends import triton as room
+    from epsanet_fused.testing.self_check import self_check
+
+    right = {"auto": True, "reference": True, "cpu": True, "triton": True}
+    assert {c.backend: c.passed for c in self_check(["cpu"])} == right
+    forward = room.forward
+
+    def slightly_wrong(*args: object) -> tuple[torch.Tensor, ...]:
+        out, squeeze, attention = forward(*args)
+        return out * 1.0001, squeeze, attention
+
+    monkeypatch.setattr(room, "forward", slightly_wrong)
+    assert {c.backend: c.passed for c in self_check(["cpu"])} == right | {"triton": False}
+
+
+def test_the_table_for_cuda_tensors() -> None:
+    """The first row that covers a problem decides; without one it is the usual order."""
+    any_size = (0, 2**62)
+    table = (
+        Row(90, False, torch.float16, (0, 200_000), (128, 2**31), "cuda"),
+        Row(None, True, None, any_size, any_size, "reference"),
+    )
+    covered = Problem(90, False, torch.float16, 200_000, 128)
+    assert look_up(covered, table) == "cuda"
+    for other in (
+        covered._replace(arch=80),
+        covered._replace(dtype=torch.bfloat16),
+        covered._replace(sample_bytes=200_001),
+        covered._replace(batch=127),
+    ):
+        assert look_up(other, table) is None
+        assert look_up(other._replace(channels_last=True), table) == "reference"
+    # "cuda:one_pass" would raise an error where one pass can't run.
+    assert all(row.backend in (*ef.list_backends(), "cuda:two_pass") for row in CUDA_TABLE)
+
+
+def test_a_measured_row_decides_what_auto_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    branches = [torch.empty(2, 4, 3, 3)] * 2
+    problem = Problem(90, False, torch.float32, 288, 2)
+    monkeypatch.setattr(defaults, "describe", lambda _: problem)
+    row = Row(90, None, None, (0, 300), (1, 8), "cuda")
+    monkeypatch.setattr(defaults, "CUDA_TABLE", (row,))
+    monkeypatch.setattr(room("cuda"), "unavailable", lambda _: None)
+    assert resolve("auto", "cuda", branches) is room("cuda")
+    monkeypatch.setattr(room("cuda"), "unavailable", lambda _: "no card")
+    with pytest.warns(RuntimeWarning, match="falling back") if no_triton() else nullcontext():
+        assert resolve("auto", "cuda", branches) is not room("cuda")
+
+
+def no_triton() -> bool:
+    _first_available.cache_clear()
+    return room("triton").unavailable("cuda") is not None

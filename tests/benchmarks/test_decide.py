@@ -1,0 +1,325 @@
+"""decide.py: from CSVs whose winners are known to the tables that say so."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epsanet_fused.backends.defaults import Problem, Row, look_up
+
+CARD = "NVIDIA H200"
+STAGES = ("S1", "S2", "S3", "S4")
+LAYOUTS = ("nchw", "channels_last")
+BATCHES = (1, 32, 128, 256)
+BYTES = {"S1": 401408, "S2": 200704, "S3": 100352, "S4": 50176}  # a sample's in 16 bits
+PROVIDERS = ("triton", "cuda:one_pass", "cuda:two_pass")
+REFUSED = {"ok": "", "note": "the one-pass kernel needs a sample that fits in shared memory"}
+WRONG = {"ok": False, "note": "WRONG: the error is over its bound, so it isn't timed"}
+
+
+@pytest.fixture
+def decide(bench) -> ModuleType:
+    return bench("decide")
+
+
+@pytest.fixture
+def visit(tmp_path, bench):
+    """Writes what a visit to a card leaves into a folder."""
+
+    def write(results=(), costs=(), card=CARD, l2_bytes=0) -> Path:
+        for name, rows, module in (
+            ("results.csv", results, "report"),
+            ("conv_cost.csv", costs, "conv_cost"),
+        ):
+            columns = bench(module).COLUMNS
+            common = dict.fromkeys(columns, "") | {"device": CARD, "cuda": "13.0"}
+            if rows:
+                bench("report").write_csv(tmp_path / name, (common | r for r in rows), columns)
+        environment = {"device": card, "capability": "9.0", "l2_bytes": l2_bytes}
+        (tmp_path / "env.json").write_text(json.dumps(environment))
+        return tmp_path
+
+    return write
+
+
+def timed(ms: float) -> dict[str, object]:
+    return {"ms_p20": 0.99 * ms, "ms_p50": ms, "ms_p80": 1.01 * ms, "ok": True}
+
+
+def tail(
+    forward: Iterable[object],
+    backward: Iterable[object],
+    stage: str = "S4",
+    batch: int = 128,
+    dtype: str = "float16",
+    layout: str = "nchw",
+    cache: str = "cold",
+) -> list[dict[str, object]]:
+    """The rows of one tail: for each provider milliseconds, or REFUSED or WRONG."""
+    about = {"scope": "tail", "stage": stage, "batch": batch, "dtype": dtype, "layout": layout}
+    return [
+        about | {"mode": mode, "cache": cache, "provider": provider}
+        | (result if isinstance(result, dict) else timed(result))
+        for mode, results in (("inference", forward), ("backward", backward))
+        for provider, result in zip(PROVIDERS, results, strict=True)
+    ]  # fmt: skip
+
+
+def pasted(lines: Iterable[str]) -> tuple[Row, ...]:
+    """The table that the printed source makes."""
+    source = [line for line in lines if line.startswith("    Row(")]
+    return eval(f"({' '.join(source)})", {"Row": Row, "torch": torch})
+
+
+def cells(lines: Iterable[str]) -> list[list[str]]:
+    """What the printed tables hold, less what is empty."""
+    return [re.split("  +", line.strip()) for line in "\n".join(lines).splitlines()]
+
+
+def problem(stage: str, batch: int, dtype: str = "float16", layout: str = "nchw") -> Problem:
+    itemsize = getattr(torch, dtype).itemsize
+    return Problem(90, layout == "channels_last", getattr(torch, dtype),
+                   BYTES[stage] * itemsize // 2, batch)  # fmt: skip
+
+
+OUTCOMES = {
+    "triton": (1.0, 1.2, 1.3),
+    "cuda": (1.2, 1.0, 1.3),
+    "cuda:two_pass": (1.3, 1.2, 1.0),
+    "cuda by two passes": (1.2, REFUSED, 1.0),
+    "not measured": None,
+}
+
+
+def test_pasted_rows_give_every_measured_tail_its_winner(decide, visit):
+    grid = list(itertools.product(STAGES, BATCHES, ("float16", "float32"), LAYOUTS))
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.lists(st.sampled_from(list(OUTCOMES)), min_size=len(grid), max_size=len(grid)))
+    def check(outcomes):
+        points = dict(zip(grid, outcomes, strict=True)) | {grid[0]: "triton"}
+        rows = [
+            row
+            for point, outcome in points.items()
+            if (times := OUTCOMES[outcome])
+            for row in tail(times, times, *point)
+        ]
+        table = pasted(decide.decide(visit(rows)))
+        for point, outcome in points.items():
+            if outcome != "not measured":
+                found = look_up(problem(*point), table) or "triton"
+                assert found == outcome.removesuffix(" by two passes")
+
+    check()
+
+
+def test_rows_end_with_what_was_measured_and_meet_at_the_geometric_mean(decide, visit):
+    rows = []
+    for stage, batch, layout in itertools.product(STAGES, BATCHES, LAYOUTS):
+        times = OUTCOMES["cuda" if batch > 1 and stage in ("S3", "S4") else "triton"]
+        if (stage, batch, layout) == ("S4", 32, "nchw"):
+            times = (1.1, 1.0, 1.3)  # the worst point
+        rows += tail(times, times, stage, batch, layout=layout)
+    lines = decide.decide(visit(rows))
+    about = f"    # {CARD}: forward 1.10x, step 1.10x as fast as the next best, by 72 rows"
+    row = '    Row(90, None, torch.float16, (50_176, 141_919), (6, 256), "cuda"),'
+    assert lines[lines.index(about) + 1] == row
+    assert pasted(lines) == (Row(90, None, torch.float16, (50176, 141919), (6, 256), "cuda"),)
+
+
+@pytest.mark.parametrize(
+    "forward, backward, winner",
+    [
+        ((1, 0.985, 1.3), (1, 0.985, 1.3), None),  # ties
+        ((1, 0.5, 1.3), (1, 1.6, 1.7), None),  # the step is longer
+        ((1, 0.8, 1.3), (1, 1.1, 1.7), "cuda"),  # the backward is longer, but not the step
+        ((1, 1.005, 1.3), (1, 0.8, 1.3), "cuda"),  # the forward ties
+        ((1, 1.1, 1.3), (1, 0.5, 1.3), None),  # the forward is longer
+        ((1, 0.8, 0.79), (1, 0.8, 0.79), "cuda"),  # a tie among those that win
+        ((1, 0.8, 0.7), (1, 0.8, 0.7), "cuda:two_pass"),
+        ((1, 0.8, 0.9), (1, REFUSED, 0.9), "cuda"),  # forward by one pass, backward by two
+        ((1, REFUSED, 0.9), (1, REFUSED, 0.9), "cuda"),  # by two passes in both
+        ((1, WRONG, 0.9), (1, 0.5, 0.9), "cuda:two_pass"),
+        ((1, WRONG, WRONG), (1, 0.5, 0.9), None),
+        ((WRONG, 0.5, 0.9), (1, 0.5, 0.9), None),  # there is nothing to compare it with
+    ],
+)
+def test_a_backend_replaces_triton_where_nobody_loses(forward, backward, winner, decide, visit):
+    table = pasted(decide.decide(visit(tail(forward, backward))))
+    assert look_up(problem("S4", 128), table) == winner
+
+
+def test_the_next_best_is_another_backend_also_where_one_pass_refuses(decide, visit):
+    times = (1.2, REFUSED, 1.0)
+    lines = decide.decide(visit(tail(times, times)))
+    about = f"    # {CARD}: forward 1.20x, step 1.20x as fast as the next best, by 6 rows"
+    assert about in lines
+
+
+def test_forward_is_judged_warm_where_it_fits_into_l2_and_backward_cold(decide, visit):
+    wins, loses = (1, 0.8, 1.3), (1, 1.2, 1.3)
+    rows = [
+        row
+        for batch in (1, 128)
+        for row in (
+            *tail(loses, wins, batch=batch, cache="cold"),
+            *tail(wins, (1, 9, 9), batch=batch, cache="warm"),
+        )
+    ]
+    table = pasted(decide.decide(visit(rows, l2_bytes=2 * BYTES["S4"])))
+    assert look_up(problem("S4", 1), table) == "cuda"
+    assert look_up(problem("S4", 128), table) is None
+
+
+def test_a_row_leaves_out_what_was_not_measured(decide, visit):
+    wins = (1, 0.8, 1.3)
+    grid = {*itertools.product(STAGES, BATCHES)} - {("S2", 32)}
+    rows = [row for point in grid for row in tail(wins, wins, *point)]
+    table = pasted(decide.decide(visit(rows)))
+    assert {p: look_up(problem(*p), table) for p in grid} == dict.fromkeys(grid, "cuda")
+    assert look_up(problem("S2", 32), table) is None
+
+
+def test_a_tail_without_a_backward_is_shown_as_undecided(decide, visit):
+    rows = tail((1, 0.8, 1.3), (1, 0.8, 1.3)) + tail((1, 0.8, 1.3), (1, 0.8, 1.3), "S3")[:3]
+    lines = decide.decide(visit(rows))
+    assert ["nchw", "float16", "100_352", "?"] in cells(lines)
+    assert look_up(problem("S3", 128), pasted(lines)) is None
+
+
+def test_without_env_json_the_rows_are_for_any_card(decide, visit):
+    folder = visit(tail((1, 0.8, 1.3), (1, 0.8, 1.3)))
+    (folder / "env.json").unlink()
+    lines = decide.decide(folder)
+    assert pasted(lines)[0].arch is None
+    assert "Without an env.json the rows are for any card, and all counts cold." in lines
+
+
+def norm_rows(fused=None, leave_out=()) -> list[dict[str, object]]:
+    """The operator takes 1 ms, or what ``fused`` says for a stage and a layout; its parts 1.2."""
+    about = {"scope": "norm", "mode": "training", "batch": 128, "dtype": "float16",
+             "cache": "cold", "backend": "triton"}  # fmt: skip
+    return [
+        about | {"stage": stage, "layout": layout, "provider": provider}
+        | (result if isinstance(result, dict) else timed(result))
+        for stage, layout in itertools.product(STAGES, LAYOUTS)
+        if (stage, layout) not in leave_out
+        for provider, result in (
+            ("apart", 1.2), ("fused", (fused or {}).get((stage, layout), 1.0)),
+        )
+    ]  # fmt: skip
+
+
+def test_the_norm_goes_in_where_it_is_nowhere_slower(decide, visit):
+    lines = decide.decide(visit(norm_rows({("S4", "nchw"): 1.19})))
+    assert lines[-1] == '    "cuda": "triton",'
+    assert lines[-2] == "S4 128 float16 nchw cold: 1.01x as fast as the three apart, a tie"
+    assert lines[-3] == "1.01x as fast as the three apart, or more, by 16 rows"
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        (
+            norm_rows({("S2", "channels_last"): 1.5}),
+            "S2 128 float16 channels_last cold: 0.80x as fast as the three apart",
+        ),
+        (norm_rows({("S1", "nchw"): WRONG}), "S1 128 float16 nchw cold: not timed, or wrong"),
+        (norm_rows(leave_out=[("S3", "nchw")]), "S3 nchw: not reached"),
+        (
+            norm_rows(dict.fromkeys(itertools.product(STAGES, LAYOUTS), 1.2)),
+            "a tie everywhere",
+        ),
+    ],
+)
+def test_the_norm_is_left_out_with_the_reason(rows, reason, decide, visit):
+    lines = decide.decide(visit(rows))
+    at = lines.index("left out:")
+    assert reason in lines[at:]
+    assert not any(line.startswith('    "cuda"') for line in lines)
+
+
+def conv_rows(kernel: int, layout: str, ms: dict[str, tuple[float, float, float]]):
+    """For each merge the milliseconds of its three passes."""
+    about = {"stage": "S1", "kernel": kernel, "batch": 32, "dtype": "float16", "layout": layout}
+    return [
+        about
+        | {"merge": merge, "merged_groups": groups, "pass": kind, "cudnn_benchmark": benchmark}
+        | timed(time if benchmark else 0.001)
+        for groups, (merge, times) in enumerate(ms.items(), 1)
+        for kind, time in zip(("forward", "dgrad", "wgrad"), times, strict=True)
+        for benchmark in (True, False)
+    ]
+
+
+def test_convolutions_get_the_fastest_merge_of_each_use_and_stages_a_layout(decide, visit):
+    rows = [
+        *conv_rows(3, "nchw", {"as_is": (1, 1, 1)}),
+        *conv_rows(5, "nchw", {"as_is": (1, 1, 1), "k8": (0.5, 2, 2)}),
+        *conv_rows(7, "nchw", {"as_is": (1, 1, 1), "k8": (0.99, 0.3, 0.2), "k16": (2, 2, 2)}),
+        *conv_rows(9, "nchw", {"as_is": (4, 4, 4), "k8": (2, 2, 2), "k16": (1, 1, 1)}),
+        *(row for k in (3, 5, 7, 9) for row in conv_rows(k, "channels_last", {"as_is": (2, 2, 1)})),
+    ]
+    found = cells(decide.decide(visit(costs=rows)))
+    start = ["float16", "S1", "nchw"]
+    assert ["inference", *start, "as_is", "k8 (2) 2.00x", "as_is", "k16 (3) 4.00x"] in found
+    assert ["training", *start, "as_is", "as_is", "k8 (2) 2.01x", "k16 (3) 4.00x"] in found
+    assert ["inference", "float16", "S1", "nchw 2.29x"] in found  # 8 / 3.5
+    assert ["training", "float16", "S1", "nchw 1.91x"] in found  # 20 / 10.49
+
+
+def test_a_stage_that_lacks_a_convolution_gets_no_layout(decide, visit):
+    rows = [*conv_rows(3, "nchw", {"as_is": (1, 1, 1)}), *conv_rows(5, "nchw", {"k8": (1, 1, 1)})]
+    rows += conv_rows(3, "channels_last", {"as_is": (1, 1, 1)})[:2]  # the forward only
+    found = cells(decide.decide(visit(costs=rows)))
+    assert ["inference", "float16", "S1", "nchw", "as_is"] in found
+    assert ["inference", "float16", "S1", "channels_last", "as_is"] in found
+    assert ["training", "float16", "S1", "channels_last", "as_is"] not in found
+    assert ["inference", "float16", "S1"] in found
+
+
+def test_what_cannot_be_decided_on_is_refused_by_name(decide, visit, tmp_path, capsys):
+    def refused(folder: Path) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            decide.main([str(folder)])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    assert "must be a folder, but" in refused(tmp_path / "nowhere")
+    assert "holds neither results.csv nor conv_cost.csv" in refused(tmp_path)
+    rows = tail((1, 0.8, 1.3), (1, 0.8, 1.3))
+    assert "holds two rows of nchw float16 S4 128 inference cold" in refused(visit(rows + rows))
+    other = {"device": "NVIDIA H100"}
+    two = "must be of one card, but holds rows of NVIDIA H100 and NVIDIA H200"
+    assert two in refused(visit([rows[0] | other, *rows[1:]]))
+    assert "its files are of NVIDIA H100 and NVIDIA H200" in refused(
+        visit(rows, card="NVIDIA H100")
+    )
+    cost = conv_rows(3, "nchw", {"as_is": (1, 1, 1)})
+    folder = visit(rows, [row | other for row in cost])
+    assert "its files are of NVIDIA H100 and NVIDIA H200" in refused(folder)
+    (folder / "results.csv").write_text("scope,device\ntail,NVIDIA H200\n")
+    assert "results.csv: has no column layout, dtype, stage" in refused(folder)
+    (folder / "results.csv").write_text("scope,device\n")
+    assert "results.csv: holds no rows" in refused(folder)
+
+
+def test_it_prints_all_three_decisions(decide, visit, capsys):
+    tails = tail((1, 0.8, 1.3), (1, 0.8, 1.3))
+    modules = [row | {"scope": "module"} for row in tails]  # of the same backends
+    results = [*tails, *modules, *norm_rows()]
+    folder = visit(results, conv_rows(3, "nchw", {"as_is": (1, 1, 1)}))
+    assert decide.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    for heading in ("backends/cuda_table.py", "backends/norm_table.py", "the conv plan"):
+        assert f"== {heading}" in said
+    assert said.startswith(f"{CARD}, by {folder}\n")

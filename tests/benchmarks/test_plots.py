@@ -1,0 +1,74 @@
+"""plots.py: what it shows is what the CSVs hold."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from helpers.processes import PNG, script
+
+pytest.importorskip("matplotlib")
+
+
+def row(**settings: object) -> dict[str, str]:
+    from report import COLUMNS
+
+    plain = {"scope": "tail", "mode": "inference", "stage": "S1", "batch": 1, "dtype": "float32",
+             "layout": "nchw", "cache": "warm", "provider": "fused", "device": "a card",
+             "ms_p20": 1, "ms_p50": 2, "ms_p80": 4, "speedup": 3, "gbps": 500,
+             "peak_extra_bytes": 7e6}  # fmt: skip
+    return {k: str(v) for k, v in (dict.fromkeys(COLUMNS, "") | plain | settings).items()}
+
+
+def test_a_folder_of_csvs_becomes_its_plots(tmp_path, bench):
+    report = bench("report")
+    tail = [row(provider=name) for name in ("eager", "fused", "copy")]
+    network = row(scope="network", stage="all", speedup="", gbps="")
+    report.write_csv(tmp_path / "tail.csv", tail)
+    report.write_csv(tmp_path / "network.csv", [network, row(ms_p50="", speedup="", gbps="")])
+    (tmp_path / "other.csv").write_text("stage,ms\nS1,3\n")
+    done = script("plots.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {"speedup.png", "bandwidth.png", "latency.png", "memory.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
+    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in names)
+    bench("plots").draw_all(tmp_path / "plots.pdf", tail)
+    assert (tmp_path / "plots.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_each_panel_is_of_one_dtype_cache_mode_and_layout(bench):
+    plots = bench("plots")
+    axes = {
+        "mode": ("inference", "backward"), "dtype": ("float32", "float16"),
+        "layout": ("nchw", "channels_last"), "cache": ("warm", "cold"), "batch": (1, 128),
+        "provider": ("eager", "fused", "copy"),
+    }  # fmt: skip
+    points = itertools.product(*axes.values())
+    rows = [row(**dict(zip(axes, point, strict=True))) for point in points]
+    panels = plots.panels_of(plots.TOPICS["speedup"], rows)
+    assert len(panels) == 4
+    for title, shown in panels.items():
+        assert "float16" in title and "cold" in title and "a card" in title
+        assert len({(r["mode"], r["dtype"], r["layout"], r["cache"]) for r in shown}) == 1
+        assert {r["provider"] for r in shown} == {"eager", "fused"}
+        assert {r["batch"] for r in shown} == {"1", "128"}
+    memory = plots.panels_of(plots.TOPICS["memory"], rows)
+    assert all(r["batch"] == "128" for shown in memory.values() for r in shown)
+
+
+def test_with_convolutions_the_better_layout_counts(bench):
+    plots = bench("plots")
+    rows = [
+        row(scope="network", stage="all", layout=layout, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 2)
+        for layout, ms in (("nchw", 20), ("channels_last", 10))
+    ]
+    topic = plots.TOPICS["latency"]
+    [(title, shown)] = plots.panels_of(topic, rows).items()
+    assert title.startswith("network, inference, float32, batch 1\n")
+    assert plots.series_of(topic, shown) == {"fused": {"all": (9, 10, 12)}}
+
+
+def test_a_folder_without_measurements_is_refused(tmp_path):
+    done = script("plots.py", tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path} has none" in done.stderr

@@ -1,0 +1,175 @@
+"""The inputs that the operator's tests share, on a CPU and on a card."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import epsanet_fused as ef
+from epsanet_fused.backends.registry import _PREFERRED, _first_available
+from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
+
+# The ways to run the operator on a CPU. "reference" is PyTorch alone; "fallback" is what "auto"
+# does without the compiled library, the operator over plain PyTorch.
+BACKENDS = ["reference", "fallback", "cpu", "triton"]
+OPERATOR_BACKENDS = ["fallback", "cpu", "triton"]
+
+
+@contextmanager
+def run_by(name: str) -> Iterator[None]:
+    """use_backend, which also knows "fallback"."""
+    if name != "fallback":
+        with ef.use_backend(name):
+            yield
+        return
+    _first_available.cache_clear()
+    with mock.patch.dict(_PREFERRED, cpu=("reference",)), ef.use_backend("auto"):
+        yield
+    _first_available.cache_clear()
+
+
+class Shape(NamedTuple):
+    B: int
+    S: int
+    C: int
+    H: int
+    W: int
+    R: int
+
+
+SHAPES = {
+    "S1": Shape(2, 4, 16, 56, 56, 1),
+    "S2": Shape(2, 4, 32, 28, 28, 2),
+    "S3": Shape(2, 4, 64, 14, 14, 4),
+    "S4": Shape(2, 4, 128, 7, 7, 8),
+    "7x7": Shape(3, 4, 16, 7, 7, 1),
+    "5x9": Shape(2, 4, 24, 5, 9, 3),
+    "1x1": Shape(2, 4, 24, 1, 1, 1),
+    "C256": Shape(1, 4, 256, 3, 3, 16),
+    "C1": Shape(2, 4, 1, 6, 4, 1),
+    "B0": Shape(0, 4, 16, 4, 4, 1),
+    "B1": Shape(1, 4, 48, 8, 8, 3),
+    "two branches": Shape(2, 2, 16, 6, 10, 2),
+    "three branches": Shape(2, 3, 20, 6, 5, 2),
+    "five branches": Shape(2, 5, 8, 9, 3, 5),
+    "eight branches": Shape(1, 8, 12, 4, 5, 2),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Case(NamedTuple):
+    branches: list[Tensor]
+    fc: list[Tensor]
+    grad: Tensor
+
+
+def make_case(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
+    device: str = "cpu",
+    fc_dtype: torch.dtype | None = None,
+) -> Case:
+    """Random branches, fc weights and gradient; some hidden units are alive and some are dead."""
+    B, S, C, H, W, R = shape
+    g = torch.Generator().manual_seed(hash(shape) % 2**31)
+
+    def randn(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=g).to(device, dtype)
+
+    def fc(*size: int, gain: float = 1.0) -> Tensor:
+        return randn(*size, dtype=fc_dtype or dtype) * gain
+
+    alive = torch.tensor([0.5 if r % 2 == 0 else -0.5 for r in range(R)])
+    weights = [
+        fc(R, C, 1, 1, gain=0.3 * C**-0.5),
+        alive.to(device, fc_dtype or dtype),
+        fc(C, R, 1, 1),
+        fc(C),
+    ]
+    branches = [randn(B, C, H, W).to(memory_format=layout) * (1 + s) for s in range(S)]
+    return Case(branches, weights, randn(B, S * C, H, W).to(memory_format=layout))
+
+
+def accuracy_cases() -> list[tuple[str, str, str]]:
+    return list(itertools.product(SHAPES, DTYPES, LAYOUTS))
+
+
+@functools.cache
+def named_case(shape: str, dtype: str, layout: str) -> tuple[Case, list[Tensor], list[Tensor]]:
+    """A case with the oracle's results and plain PyTorch's, made once for all backends."""
+    case = make_case(SHAPES[shape], DTYPES[dtype], LAYOUTS[layout])
+    return case, *expected(case)
+
+
+def expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """The output and all gradients, by the float64 oracle and by plain PyTorch in one dtype."""
+    dtype = case.branches[0].dtype
+    return (
+        evaluate(plain_tail, *case, dtype=torch.float64),
+        evaluate(plain_tail, *case, dtype=dtype),
+    )
+
+
+def assert_accurate(
+    results: Sequence[Tensor], oracle: Sequence[Tensor], plain: Sequence[Tensor]
+) -> None:
+    """Output, branch gradients and fc gradients, each at most twice as far off as plain PyTorch."""
+    assert len(results) == len(oracle)
+    # The fc gradients are sums over the branches' that largely cancel.
+    size = max((t.abs().max().item() for t in oracle if t.numel()), default=1.0)
+    for i, (result, exact, same) in enumerate(zip(results, oracle, plain, strict=True)):
+        assert result.shape == exact.shape
+        assert not same.isnan().any() or exact.isnan().any(), "plain PyTorch overflows here"
+        error, limit = max_error(result, exact), bound(same, exact, same.dtype, size)
+        assert error <= limit, f"result {i}: error {error:.3g} is over {limit:.3g}"
+
+
+SMALL = Shape(2, 4, 24, 5, 6, 3)
+# Views of an output's gradient, and of the branches, with other strides.
+GRADIENTS = {
+    "transposed": lambda g: g.mT.contiguous().mT,
+    "channels_last": lambda g: g.contiguous(memory_format=torch.channels_last),
+    "every second": lambda g: g.repeat_interleave(2, 3)[..., ::2],
+    "slice of channels": lambda g: torch.cat([g, g], 1)[:, : g.shape[1]],
+    "slice of rows": lambda g: torch.cat([g, g], 2)[:, :, : g.shape[2]],
+    "one sample for all": lambda g: g[:1].expand(g.shape),
+}
+
+
+def slices(branches: list[Tensor], layout: torch.memory_format) -> list[Tensor]:
+    whole = torch.cat(branches, 1).contiguous(memory_format=layout)
+    return list(whole.chunk(len(branches), 1))
+
+
+def shifted(x: Tensor) -> Tensor:
+    """x at an address that no wide access can start from."""
+    return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+BRANCHES = {
+    "slices": lambda bs: slices(bs, torch.contiguous_format),
+    "channels_last slices": lambda bs: slices(bs, torch.channels_last),
+    "mixed formats": lambda bs: [
+        x.contiguous(memory_format=torch.channels_last) if s % 2 else x for s, x in enumerate(bs)
+    ],
+    "one channels_last": lambda bs: [
+        bs[0].contiguous(memory_format=torch.channels_last), *bs[1:]
+    ],
+    "transposed": lambda bs: [x.mT.contiguous().mT for x in bs],
+    "rows of a larger image": lambda bs: [torch.cat([x, x], 2)[:, :, : x.shape[2]] for x in bs],
+    "columns of a larger image": lambda bs: [torch.cat([x, x], 3)[..., : x.shape[3]] for x in bs],
+    "batch innermost": lambda bs: [x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+                                   for x in bs],
+    "one sample for all": lambda bs: [x[:1].expand(x.shape) for x in bs],
+    "misaligned": lambda bs: [shifted(x) for x in bs],
+    "one tensor for all": lambda bs: [bs[0]] * len(bs),
+}  # fmt: skip

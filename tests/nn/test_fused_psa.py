@@ -1,0 +1,201 @@
+"""FusedPSAModule is a drop-in for PSAModule, and both refuse what can't be built."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import epsanet_fused as ef
+from epsanet_fused.nn.psa import recalibrate_and_concat
+
+BOTH = pytest.mark.parametrize("psa", [ef.PSAModule, ef.FusedPSAModule])
+
+
+def small(psa: type[ef.PSAModule], **options: Any) -> ef.PSAModule:
+    options = {"conv_groups": (1, 2, 4, 8), "reduction": 2} | options
+    return psa(16, 32, **options)
+
+
+def pair(**options: Any) -> tuple[ef.PSAModule, ef.FusedPSAModule]:
+    """Plain and fused, with the same weights in different memory."""
+    plain, fused = small(ef.PSAModule, **options), small(ef.FusedPSAModule, **options)
+    fused.load_state_dict(plain.state_dict())
+    return plain, fused
+
+
+def results(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of a weighted sum of it: the input's and all parameters'."""
+    x = x.detach().requires_grad_()
+    out = module(x)
+    ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out, *torch.autograd.grad((out * ramp).sum(), [x, *module.parameters()])]
+
+
+def assert_same_numbers(module: nn.Module, other: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(results(module, x), results(other, x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_fused_gives_the_plain_numbers(stride: int, training: bool) -> None:
+    plain, fused = pair(stride=stride)
+    x = torch.randn(2, 16, 9, 7, dtype=torch.float64)
+    assert_same_numbers(fused.double().train(training), plain.double().train(training), x)
+
+
+def test_signature_is_the_plain_modules() -> None:
+    assert inspect.signature(ef.FusedPSAModule) == inspect.signature(ef.PSAModule)
+    assert list(inspect.signature(ef.PSAModule).parameters) == [
+        "inplans", "planes", "conv_kernels", "stride", "conv_groups", "reduction",
+    ]  # fmt: skip
+
+
+def test_state_dict_goes_both_ways() -> None:
+    plain, fused = pair()
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    nn.init.normal_(fused.conv_2.weight)
+    plain.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(plain.state_dict(), fused.state_dict(), rtol=0, atol=0)
+
+
+def test_from_reference_shares_the_parameters() -> None:
+    plain = small(ef.PSAModule).eval()
+    fused = ef.FusedPSAModule.from_reference(plain)
+    assert not fused.training
+    ours, theirs = dict(fused.named_parameters()), dict(plain.named_parameters())
+    assert list(ours) == list(theirs)
+    assert all(ours[name] is theirs[name] for name in ours)
+
+
+def test_training_from_reference_trains_the_plain_module() -> None:
+    plain = small(ef.PSAModule)
+    before = copy.deepcopy(plain.state_dict())
+    fused, x = ef.FusedPSAModule.from_reference(plain), torch.randn(2, 16, 6, 6)
+    optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
+    fused(x).square().sum().backward()
+    optimizer.step()
+    for name, value in plain.state_dict().items():
+        if "se.fc1" not in name:  # its gradient may be 0: a dead ReLU
+            assert not torch.equal(value, before[name]), name
+    torch.testing.assert_close(plain(x), fused(x))
+
+
+def test_from_reference_takes_modules_of_the_same_build() -> None:
+    """Structure counts, not the class; also biases, kernels and groups of their own."""
+    theirs = nn.Module()
+    for k in (1, 2, 3, 4):
+        theirs.add_module(f"conv_{k}", nn.Conv2d(8, 4, 2 * k - 1, padding=k - 1, groups=2))
+    theirs.se = ef.SEWeightModule(4, reduction=2)
+    fused, x = ef.FusedPSAModule.from_reference(theirs), torch.randn(2, 8, 5, 5)
+    branches = [getattr(theirs, f"conv_{k}")(x) for k in (1, 2, 3, 4)]
+    weights = [theirs.se(branch) for branch in branches]
+    torch.testing.assert_close(fused(x), recalibrate_and_concat(branches, weights))
+
+
+def _without(name: str) -> nn.Module:
+    module = small(ef.PSAModule)
+    parent, _, child = name.rpartition(".")
+    delattr(module.get_submodule(parent), child)
+    return module
+
+
+@pytest.mark.parametrize("name", ["conv_1", "conv_4", "se.fc1", "se.fc2"])
+def test_from_reference_names_what_is_missing(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"PSAModule has no\w* at {name}$"):
+        ef.FusedPSAModule.from_reference(_without(name))
+
+
+def test_from_reference_refuses_other_modules() -> None:
+    with pytest.raises(TypeError, match=r"Linear has none at conv_1, .*, se\.fc1, se\.fc2"):
+        ef.FusedPSAModule.from_reference(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "pickle"],
+)
+@pytest.mark.parametrize("shared", [False, True], ids=["built", "from_reference"])
+def test_clones_are_whole_and_independent(
+    clone: Callable[[nn.Module], nn.Module], shared: bool
+) -> None:
+    plain = small(ef.PSAModule)
+    fused = ef.FusedPSAModule.from_reference(plain) if shared else small(ef.FusedPSAModule)
+    x = torch.randn(2, 16, 6, 6)
+    copied, before = clone(fused), fused(x)
+    assert_same_numbers(copied, fused, x)
+    nn.init.zeros_(fused.conv_1.weight)
+    torch.testing.assert_close(copied(x), before)
+
+
+def test_whole_module_survives_torch_save(tmp_path: Path) -> None:
+    fused, x = small(ef.FusedPSAModule), torch.randn(2, 16, 6, 6)
+    torch.save(fused, tmp_path / "module.pt")
+    assert_same_numbers(torch.load(tmp_path / "module.pt", weights_only=False), fused, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_to_16_bit(dtype: torch.dtype) -> None:
+    plain, fused = pair()
+    x = torch.randn(2, 16, 6, 6)
+    out = fused.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), plain(x), rtol=0.02, atol=0.02)
+
+
+def test_channels_last_stays_channels_last() -> None:
+    plain, fused = pair()
+    x = torch.randn(2, 16, 6, 6)
+    out = fused.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, plain(x), check_stride=False)
+
+
+def test_repr_says_what_is_fused() -> None:
+    text = repr(small(ef.FusedPSAModule))
+    assert "branches=4, channels_per_branch=8, hidden=4, tail=psa_tail" in text
+
+
+REFUSED = {
+    "inplans not in groups": ({"inplans": 40, "planes": 64}, r"inplans=40 .* but 16 does not .*64"),
+    "planes not in groups": ({"inplans": 64, "planes": 96}, r"planes // 4 = 24 .* but 16 does not"),
+    "planes not by four": ({"planes": 66}, r"planes must be a multiple of 4.* got 66"),
+    "no hidden unit": ({"planes": 32, "conv_groups": (1, 1, 1, 1)}, r"use planes >= 64 or .* <= 8"),
+    "reduction 0": ({"reduction": 0}, r"reduction=0 .* 1 <= reduction <= 16"),
+    "even kernel": ({"conv_kernels": (3, 4, 7, 9)}, r"conv_kernels must be odd.* got \[4\]"),
+    "three kernels": ({"conv_kernels": (3, 5, 7)}, r"conv_kernels must have four .* got 3"),
+    "five groups": ({"conv_groups": (1, 1, 1, 1, 1)}, r"conv_groups must have four .* got 5"),
+    "group 0": ({"conv_groups": (0, 4, 8, 16)}, r"conv_groups=\(0, .* must be positive"),
+    "negative group": ({"conv_groups": (-1, 4, 8, 16)}, r"conv_groups=\(-1, .* must be positive"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize(("arguments", "says"), REFUSED.values(), ids=REFUSED)
+def test_refuses_what_cannot_be_built(
+    psa: type[ef.PSAModule], arguments: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        psa(**{"inplans": 64, "planes": 64} | arguments)
+
+
+@pytest.mark.parametrize(("channels", "reduction"), [(8, 16), (8, 0), (8, -1)])
+def test_se_refuses_a_hidden_width_of_zero(channels: int, reduction: int) -> None:
+    with pytest.raises(ValueError, match=r"more channels or a smaller reduction"):
+        ef.SEWeightModule(channels, reduction)
+
+
+def test_symbolic_tracing_takes_the_operator_as_a_whole() -> None:
+    fused = ef.FusedPSAModule(64, 64)
+    traced = torch.fx.symbolic_trace(fused)
+    assert "psa_tail" in {node.name for node in traced.graph.nodes}
+    x = torch.randn(1, 64, 6, 5)
+    assert torch.equal(traced(x), fused(x))

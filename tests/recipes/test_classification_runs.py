@@ -1,0 +1,194 @@
+"""A run that was killed, or shared by two processes, comes to the result of one that wasn't."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from helpers.datasets import write_digits
+from helpers.processes import (
+    assert_same_weights,
+    load,
+    numbers,
+    recipe,
+    rows_of,
+    stop_in_the_middle,
+)
+
+RECIPE = "classification.py"
+# Four steps an epoch, at a rate at which rounding doesn't grow.
+OPTIONS = ("--image-size", 32, "--batch-size", 12, "--lr", 0.003, "--device", "cpu")
+EPOCHS = ("--epochs", 3, "--workers", 1)
+AVERAGE = ("--ema", 0.5)
+IN_EPOCH_2 = r"epoch 2/3: .* 2/4 "
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Emptied after the module: each checkpoint has 160 or 250 MB."""
+    with TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    return write_digits(folder / "digits", classes=4, train=12, val=3)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, data: Path) -> Path:
+    """The folder of a run that nothing happened to."""
+    out = folder / "whole"
+    done = recipe(RECIPE, data, "--out", out, *OPTIONS, *EPOCHS, *AVERAGE)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path, data: Path) -> Path:
+    """The folder of a run that was killed in its second epoch."""
+    out = folder / "killed"
+    arguments = (data, "--out", out, *OPTIONS, *EPOCHS, *AVERAGE)
+    errors = folder / "killed.txt"
+    status, _ = stop_in_the_middle(signal.SIGKILL, IN_EPOCH_2, RECIPE, *arguments, errors=errors)
+    assert status == -signal.SIGKILL
+    assert load(out / "checkpoint.pth.tar")["epoch"] == 1
+    return out
+
+
+def _resume(data: Path, checkpoint: Path, out: Path, *more: object) -> str:
+    done = recipe(RECIPE, data, "--out", out, "--resume", checkpoint, *OPTIONS, *EPOCHS, *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_killed_and_resumed(whole: Path, killed: Path, data: Path, folder: Path) -> None:
+    out = folder / "resumed"
+    shutil.copytree(killed, out)
+    said = _resume(data, out / "checkpoint.pth.tar", out, *AVERAGE)
+    # Nothing differs and nothing was missing, so there is nothing more to say.
+    assert said.startswith(f"resuming {out}/checkpoint.pth.tar after epoch 1\nepoch 2: train_loss")
+    assert numbers(out) == numbers(whole)
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        assert_same_weights(out / name, whole / name)
+    shutil.rmtree(out)
+
+
+def test_an_official_checkpoint_is_gone_on_with(
+    whole: Path, killed: Path, data: Path, folder: Path
+) -> None:
+    ours = load(killed / "checkpoint.pth.tar")
+    official = {
+        "epoch": 1,
+        "arch": "epsanet50",
+        "state_dict": {f"module.{k}": v for k, v in ours["raw_state_dict"].items()},
+        "best_prec1": torch.tensor(100.0),
+        "optimizer": ours["optimizer"],
+    }
+    path, out = folder / "official.pth.tar", folder / "from_official"
+    torch.save(official, path, _use_new_zipfile_serialization=False)
+    said = _resume(data, path, out)
+    assert "it has no log, which begins with epoch 2" in said
+    assert "it doesn't say with which options it was trained" in said
+    assert [row["epoch"] for row in rows_of(out / "log.csv")] == ["2", "3"]
+    assert [r["train_loss"] for r in numbers(out)] == [r["train_loss"] for r in numbers(whole)[1:]]
+    found, expected = (load(p / "checkpoint.pth.tar") for p in (out, whole))
+    torch.testing.assert_close(
+        dict(found["state_dict"]), dict(expected["raw_state_dict"]), rtol=0, atol=0
+    )
+    assert found["best_prec1"] == 100.0  # so none of ours was the best
+    assert not (out / "model_best.pth.tar").exists()
+
+
+def test_a_request_to_stop(whole: Path, data: Path, folder: Path) -> None:
+    out = folder / "stopped"
+    arguments = (data, "--out", out, *OPTIONS, *EPOCHS, *AVERAGE)
+    errors = folder / "stopped.txt"
+    status, said = stop_in_the_middle(signal.SIGTERM, IN_EPOCH_2, RECIPE, *arguments, errors=errors)
+    assert status == 128 + signal.SIGTERM
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        f"classification: stopped by SIGTERM; to go on after epoch 1, add --resume "
+        f"{out}/checkpoint.pth.tar"
+    )
+    assert numbers(out) == numbers(whole)[:1]
+    assert load(out / "checkpoint.pth.tar")["epoch"] == 1
+
+
+def test_ctrl_c_before_anything_is_done(data: Path, folder: Path) -> None:
+    out = folder / "interrupted"
+    arguments = (data, "--out", out, *OPTIONS, *EPOCHS)
+    errors = folder / "interrupted.txt"
+    status, said = stop_in_the_middle(
+        signal.SIGINT, "epoch 1/3: .* 1/4 ", RECIPE, *arguments, errors=errors
+    )
+    assert status == 128 + signal.SIGINT
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "classification: stopped by SIGINT; no epoch was finished"
+    assert list(out.iterdir()) == []
+
+
+def test_two_processes_are_one_with_as_many_micro_batches(data: Path, folder: Path) -> None:
+    one, two = folder / "one", folder / "two"
+    options = (*OPTIONS, *AVERAGE, "--epochs", 2, "--workers", 0)
+    done = recipe(RECIPE, data, "--out", one, "--accumulate", 2, *options)
+    assert done.returncode == 0, done.stderr
+    done = recipe(RECIPE, data, "--out", two, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1: train_loss") == 1
+    for found, expected in zip(numbers(two), numbers(one), strict=True):
+        assert found.keys() == expected.keys()
+        for name in ("epoch", "lr", "train_loss", "train_top1", "val_loss", "top1", "top5"):
+            assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-4)
+    found, expected = (load(out / "checkpoint.pth.tar") for out in (two, one))
+    assert found["options"] == expected["options"]
+    for part in ("state_dict", "raw_state_dict"):
+        # How many batches a norm has seen differs, and has no use: each process counts its own.
+        a, b = (
+            {k: v for k, v in c[part].items() if "num_batches" not in k} for c in (found, expected)
+        )
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_measured_of_groups_stays_with_the_run(data: Path, folder: Path) -> None:
+    """Merged groups round otherwise: a resumed run has to have the same ones."""
+    options = (data, *OPTIONS, "--workers", 0, "--merge-groups")
+    resumed, whole = folder / "measured", folder / "given"
+    done = recipe(RECIPE, *options, "--out", resumed, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    said = r"\n[1-9]\d* of 48 convolutions run with fewer groups, see .*/measured/plans.json\n"
+    assert re.search(said, done.stdout)
+    plans = (resumed / "plans.json").read_bytes()
+    whole.mkdir()
+    (whole / "plans.json").write_bytes(plans)
+    for out, start in ((resumed, ("--resume", resumed / "checkpoint.pth.tar")), (whole, ())):
+        done = recipe(RECIPE, *options, "--out", out, "--epochs", 2, *start)
+        assert done.returncode == 0, done.stderr
+        assert (out / "plans.json").read_bytes() == plans, "measured once"
+    assert numbers(resumed) == numbers(whole)
+    assert_same_weights(resumed / "checkpoint.pth.tar", whole / "checkpoint.pth.tar")
+
+
+def test_processes_share_what_the_first_has_measured(data: Path, folder: Path) -> None:
+    out = folder / "shared"
+    options = ("--out", out, *OPTIONS, "--workers", 0, "--merge-groups", "--epochs", 1)
+    done = recipe(RECIPE, data, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("convolutions run with fewer groups") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_plans_of_something_else_are_refused(data: Path, folder: Path) -> None:
+    out = folder / "refused"
+    out.mkdir()
+    (out / "plans.json").write_text("[]")
+    done = recipe(RECIPE, data, "--out", out, *OPTIONS, "--workers", 0, "--merge-groups")
+    assert done.returncode == 2
+    assert "plans.json doesn't" in done.stderr.splitlines()[-1]
+    assert (out / "plans.json").read_text() == "[]"

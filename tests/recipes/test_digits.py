@@ -1,0 +1,86 @@
+"""The digits recipe, run as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.processes import PNG
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.py"
+
+
+def digits(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RECIPE), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def short(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """Two epochs over a few images: too few to learn much."""
+    out = tmp_path_factory.mktemp("digits")
+    return digits("--out", out, "--epochs", 2, "--images", 192, "--min-accuracy", 0), out
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("digits")
+def test_plain_and_fused_learn_the_same(short) -> None:
+    done, out = short
+    assert done.returncode == 0, done.stderr
+    assert "the two runs agree" in done.stdout
+    with (out / "digits.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (192 // 64)
+    for row in rows:
+        assert float(row["plain_loss"]) == pytest.approx(float(row["fused_loss"]), abs=1e-9)
+    assert float(rows[-1]["plain_loss"]) < float(rows[0]["plain_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("digits")
+def test_progress_table_and_plot(short) -> None:
+    done, out = short
+    assert "plain" in done.stderr
+    assert "fused" in done.stderr
+    assert done.stdout.splitlines()[1].split() == [
+        "epoch", "plain", "fused", "difference", "plain", "fused",
+    ]  # fmt: skip
+    assert (out / "digits.png").read_bytes().startswith(PNG)
+    assert {path.name for path in out.iterdir()} == {"digits.csv", "digits.png"}
+
+
+def test_too_little_accuracy_is_a_failure(tmp_path: Path) -> None:
+    done = digits("--out", tmp_path, "--epochs", 1, "--images", 64)
+    assert done.returncode == 1
+    assert "not above 95.00%" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: must be an integer of 1 to 1000, got '0'"),
+        (["--images", "5000"], "argument --images: must be an integer of 64 to 1347"),
+        (["--min-accuracy", "95"], "argument --min-accuracy: must be a number of 0 to below 1"),
+        (["--device", "abacus"], "argument --device: can't use 'abacus' here"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = digits("--out", tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_runs_that_differ_are_a_failure() -> None:
+    import digits as recipe
+
+    same = recipe.Curve([1.0, 0.5], [0.97], 1.0)
+    assert recipe.complaints(same, same, 0.95) == []
+    other = same._replace(losses=[1.0, 0.5 + 2e-6])
+    assert "the losses differ by 2.0e-06" in recipe.complaints(same, other, 0.95)[0]
+    assert recipe.complaints(same, same._replace(losses=[1.0, float("nan")]), 0.95)

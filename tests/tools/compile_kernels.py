@@ -1,0 +1,127 @@
+"""Compile every Triton kernel for one target, without a card, and print what the compiler made.
+
+Run as a process of its own, without TRITON_INTERPRET: ``compile_kernels.py cuda:90``. The real
+launch code runs on CPU tensors; only the driver is a stand-in, and each launch stops after the
+compiler. One JSON line per kernel, problem and dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from ahead import StandInDriver, launches
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from epsanet_fused.backends.triton import backward, forward, launch, norm_backward, norm_forward
+from epsanet_fused.utils.memory_format import empty_output
+
+STAGES = {"S1": (16, 56), "S2": (32, 28), "S3": (64, 14), "S4": (128, 7)}  # C of a branch, H = W
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# A batch for each row of the table.
+BATCHES = {"small": 1, "large": 512}
+# Of psa_tail_norm, as compiling takes its time: together all of its kernels, once where a row of
+# pixels is odd and once where channels are inner.
+NORM_CASES = [("S4", "fp16", "nchw", "large"), ("S1", "bf16", "channels_last", "small")]
+
+
+def main(name: str) -> None:
+    kind, arch = name.split(":")
+    target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
+    triton.runtime.driver.set_active(StandInDriver(target))
+    cases = [(run_tail, *case) for case in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES)]
+    for run, stage, dtype, layout, batch in cases + [(run_norm, *case) for case in NORM_CASES]:
+        with launches(compile_only=True) as compiled:
+            run(*inputs(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch]))
+        for kernel, result in compiled:
+            line = {"kernel": kernel, "stage": stage, "dtype": dtype, "layout": layout}
+            line |= {"batch": batch, "shared": result.metadata.shared}
+            if kind == "cuda":
+                line |= machine_code(result.asm["cubin"])
+            else:
+                line |= amd_resources(result.asm["amdgcn"])
+            print(json.dumps(line))
+
+
+def inputs(
+    stage: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format, batch: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The branches and the fc tensors."""
+    C, H = stage
+    # Never filled and never read: on most systems such pages cost nothing.
+    shape = (batch, C, H, H)
+    branches = [torch.empty(shape, dtype=dtype, memory_format=layout) for _ in range(4)]
+    R = C // 16
+    return branches, [torch.empty(s) for s in ((R, C), (R,), (C, R), (C,))]
+
+
+def run_tail(branches: list[Tensor], fc: list[Tensor]) -> None:
+    out, squeeze, attention = forward(branches, *fc, None, None, False)
+    grad = torch.empty_like(out)
+    backward(grad, branches, squeeze, attention, *fc, True, True)
+    scale, shift = torch.empty(2, out.shape[1])
+    problem = launch.problem(branches, empty_output(branches))
+    launch.recalibrate(problem, attention, None, scale, shift, True)
+
+
+def run_norm(branches: list[Tensor], fc: list[Tensor]) -> None:
+    norm = (*torch.empty(2, len(branches) * branches[0].shape[1]), 1e-5)  # gamma, beta, eps
+    out, *stats = norm_forward(branches, *fc, *norm)
+    norm_backward(torch.empty_like(out), branches, *stats, *fc, *norm, True, True, True)
+
+
+@functools.cache
+def machine_code(cubin: bytes) -> dict[str, object]:
+    """Registers, stack and the widths (in bits) of the accesses to global memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([tool, flag, file], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", sass, re.M)
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "instructions": len(instructions),
+        "loads": widths(instructions, "LDG"),
+        "stores": widths(instructions, "STG"),
+    }
+
+
+def widths(instructions: list[str], opcode: str) -> dict[int, int]:
+    """How often each width occurs: LDG.E is 32 bits, LDG.E.128 and LDG.E.U16 say their own."""
+    found = Counter()
+    for name in instructions:
+        if name.split(".")[0] == opcode:
+            bits = [int(b) for b in re.findall(r"\.[US]?(8|16|64|128)\b", name)]
+            found[bits[0] if bits else 32] += 1
+    return dict(found)
+
+
+@functools.cache
+def amd_resources(assembly: str) -> dict[str, object]:
+    """Registers and stack, from the metadata that the compiler writes into the assembly."""
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+
+    return {"registers": field("vgpr_count"), "stack": field("private_segment_fixed_size")}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
