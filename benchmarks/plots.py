@@ -5,12 +5,17 @@
 reads what bench_psa.py has written there, in however many files, and draws what they hold of four
 things: speed-up of the tail by stage and batch; its bandwidth beside that of a copy; latency of the
 network beside ResNet-50's; peak memory of a call.
+
+    python benchmarks/plots.py benchmarks/results/cpu-intel-xeon --network
+
+draws README's picture, network.png, alone: the network in inference beside ResNet-50.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -193,6 +198,47 @@ def grouped_bars(ax: Any, series: Series) -> None:
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
+# The bars of README's picture, top to bottom: provider, label, colour.
+NETWORK_BARS = {
+    "eager": ("EPSANet-50, official, eager", "#9e9e9e"),
+    "compile-freezing": ("EPSANet-50, official, compiled", "#9e9e9e"),
+    "optimized": ("EPSANet-50, optimized", "#1f6fb4"),
+    "optimized-compile": ("EPSANet-50, optimized, compiled", "#1f6fb4"),
+    "resnet50:eager": ("ResNet-50, eager", "#d9c3a5"),
+    "resnet50:compile-freezing": ("ResNet-50, compiled", "#d9c3a5"),
+}
+
+
+def network_figure(rows: Sequence[Row]) -> Any:
+    """Draw the time of the network in inference beside ResNet-50, one panel per dtype and batch."""
+    shown = [r for r in rows if (r["scope"], r["mode"]) == ("network", "inference")]
+    shown = [r for r in shown if r["provider"] in NETWORK_BARS and r["ms_p50"] != ""]
+    panels: dict[tuple[str, str], dict[str, float]] = {}
+    for row in sorted(shown, key=lambda r: (r["dtype"] != "float32", r["dtype"], int(r["batch"]))):
+        times = panels.setdefault((row["dtype"], row["batch"]), {})
+        times[row["provider"]] = min(float(row["ms_p50"]), times.get(row["provider"], math.inf))
+    figure, axes = pyplot().subplots(
+        -(-len(panels) // 2), 2, figsize=(10, 5.2), squeeze=False, layout="constrained"
+    )
+    for ax, ((dtype, batch), times) in zip(axes.flat, panels.items(), strict=False):
+        for provider, (name, colour) in NETWORK_BARS.items():
+            if provider in times:
+                ax.bar_label(ax.barh(name, times[provider], color=colour), fmt="{:.1f}", padding=3)
+        ax.set_title(f"{dtype}, batch {batch}", fontsize=10)
+        ax.set_xlabel(f"ms per call ({shown[0]['clock']}, median)", fontsize=9)
+        ax.set_xlim(0, 1.2 * max(times.values()))
+        ax.invert_yaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params("y", labelleft=ax in axes[:, 0])
+    threads = "one thread" if shown[0]["threads"] == "1" else f"{shown[0]['threads']} threads"
+    figure.suptitle(
+        f"Inference at 224x224 on {threads} of {shown[0]['device']}, "
+        f"torch {shown[0]['torch']}, epsanet_fused {shown[0]['epsanet_fused']}",
+        fontsize=11,
+    )
+    return figure
+
+
 def pyplot() -> Any:
     import matplotlib
 
@@ -212,12 +258,14 @@ def _bytes(made: Any) -> bytes:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="of CSVs; the plots go there, too")
+    parser.add_argument("--network", action="store_true", help="draw README's picture alone")
     args = parser.parse_args(argv)
     if not (rows := rows_in(args.folder)):
         parser.error(
             f"argument folder: must hold a CSV of bench_psa.py, but {args.folder} has none"
         )
-    for name, made in figures(rows).items():
+    drawn = {"network": network_figure(rows)} if args.network else figures(rows)
+    for name, made in drawn.items():
         path = args.folder / f"{name}.png"
         write_atomically(path, _bytes(made))
         print(path)

@@ -68,6 +68,22 @@ def test_with_convolutions_the_better_layout_counts(bench):
     assert plots.series_of(topic, shown) == {"fused": {"all": (9, 10, 12)}}
 
 
+def test_the_network_beside_resnet50_has_a_panel_per_dtype_and_batch(bench):
+    plots = bench("plots")
+    rows = [
+        row(scope="network", dtype=dtype, batch=batch, provider=provider, ms_p50=ms, layout=layout)
+        for dtype, batch in (("bfloat16", 1), ("float32", 8), ("float32", 1))
+        for provider, ms in (("eager", 20), ("optimized", 10), ("resnet50:eager", 15))
+        for layout, ms in (("nchw", ms), ("channels_last", ms + 1))
+    ]
+    axes = plots.network_figure([*rows, row(), row(scope="network", mode="training")]).axes
+    assert [ax.get_title() for ax in axes if ax.get_title()] == [
+        "float32, batch 1", "float32, batch 8", "bfloat16, batch 1",
+    ]  # fmt: skip
+    assert [bar.get_width() for bar in axes[0].patches] == [20, 10, 15]
+    assert axes[0].get_xlim()[0] == 0
+
+
 def test_a_folder_without_measurements_is_refused(tmp_path):
     done = script("plots.py", tmp_path)
     assert done.returncode == 2
