@@ -27,16 +27,16 @@ from typing import NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "10")
 
 import torch
+from baselines import baseline_of
 from checks import Judge
-from cold import make_clock
 from environment import describe
 from inputs import LAYOUTS, STAGES, Settings, Source, Workload
+from l2_flush import make_clock
 from memory import peak_extra_bytes
 from options import add_shared, finish_shared, positive_int
 from plots import plot
 from providers import PROVIDERS, Prepared, defaults
 from report import AXES, COLUMNS, label, table, write_csv
-from rivals import rival_of
 
 import epsanet_fused as ef
 from epsanet_fused.backends.registry import VARIANTS
@@ -50,17 +50,17 @@ PREPARING = 0.7
 
 
 class Judges:
-    """One for ours and one for each rival, made when first asked for."""
+    """One for ours and one for each baseline, made when first asked for."""
 
     def __init__(self, workload: Workload, settings: Settings) -> None:
-        self._workloads = {None: workload, **workload.rivals}
+        self._workloads = {None: workload, **workload.baselines}
         self._settings = settings
         self._made: dict[str | None, Judge] = {}
 
-    def of(self, rival: str | None) -> Judge:
-        if rival not in self._made:
-            self._made[rival] = Judge(self._workloads[rival], self._settings)
-        return self._made[rival]
+    def of(self, baseline: str | None) -> Judge:
+        if baseline not in self._made:
+            self._made[baseline] = Judge(self._workloads[baseline], self._settings)
+        return self._made[baseline]
 
 
 class Attempt(NamedTuple):
@@ -146,8 +146,8 @@ class Bench:
         reasons = {name: PROVIDERS[name].unavailable(self.device) for name in args.providers}
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
         self.names = [name for name in args.providers if name not in self.skipped]
-        rivals = dict.fromkeys(filter(None, map(rival_of, self.names)))
-        self.source = Source(args.input, self.device, rivals)
+        baselines = dict.fromkeys(filter(None, map(baseline_of, self.names)))
+        self.source = Source(args.input, self.device, baselines)
 
     # Dynamo counts all compilations of one forward together, and gives up silently.
     @torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True)
@@ -220,7 +220,7 @@ class Bench:
         try:
             step = PROVIDERS[name].prepare(workload, settings.mode, settings.autocast)
             with ef.use_backend(step.choice):
-                verdict = judges.of(rival_of(name)).judge(step.step())
+                verdict = judges.of(baseline_of(name)).judge(step.step())
         except Exception as error:  # one broken provider must not take the others along
             # Half a backend may not take every problem, and says so.
             refused = name in VARIANTS and isinstance(error, ValueError)

@@ -48,7 +48,7 @@ from typing import NamedTuple
 
 import tail_table
 from inputs import LAYOUTS, STAGES
-from measured import Card, Row, Time, by_key, read_card, read_rows, time_of, together
+from load_results import Card, Row, Time, by_key, read_card, read_rows, time_of, together
 from report import align
 
 from epsanet_fused.nn.psa import CONV_KERNELS

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rivals import RIVALS
+from baselines import BASELINES
 
 from epsanet_fused.backends.compiled import library
 from epsanet_fused.backends.registry import VARIANTS
@@ -212,7 +212,7 @@ def extra_steps(scratch: Path) -> list[Step]:
     sizes = ("--layout", "best", "--dtype", "float16", "--batch", "128", "1", "32", "--providers")
     block = (*sizes, *OURS_FIRST, "cleaned", "fused-compile")
     small = ("--layout", "best", "--dtype", "float16", "--batch", "1", "32", "--providers")
-    rivals = [f"{rival}:{name}" for rival in RIVALS
+    baselines = [f"{baseline}:{name}" for baseline in BASELINES
               for name in ("eager", "compile-reduce-overhead", "compile")]  # fmt: skip
     autotuned = ("--layout", "best", "--dtype", "float16", "--batch", "128",
                  "--providers", "eager", "compile-max-autotune", "compile", "fused")  # fmt: skip
@@ -222,9 +222,9 @@ def extra_steps(scratch: Path) -> list[Step]:
         psa(scratch, "block-inference", 60, "block", "inference", *block, "optimized-graph"),
         psa(scratch, "block-training", 60, "block", "training", *block, *PLANNED),
         psa(scratch, "small-inference", 200, "network", "inference", *small, "eager",
-            "optimized-graph", "compile-reduce-overhead", "eager-graph", "fused", *rivals),
+            "optimized-graph", "compile-reduce-overhead", "eager-graph", "fused", *baselines),
         psa(scratch, "small-training", 200, "network", "training", *small, "eager", "fused",
-            "compile-reduce-overhead", *PLANNED, *rivals),
+            "compile-reduce-overhead", *PLANNED, *baselines),
         psa(scratch, "autotuned-inference", 200, "network", "inference", *autotuned,
             "optimized-graph", "resnet50:compile-max-autotune"),
         psa(scratch, "autotuned-training", 200, "network", "training", *autotuned,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rivals import RIVALS
+from baselines import BASELINES
 from torch import Tensor, nn
 
 import epsanet_fused as ef
@@ -102,15 +102,15 @@ class Workload:
     fused: nn.Module
     inputs: tuple[Tensor, ...]  # those that require a gradient get one in training
     output_bytes: int | None  # N, for the tail
-    rivals: Mapping[str, Workload] = field(default_factory=dict)  # other networks, by name
+    baselines: Mapping[str, Workload] = field(default_factory=dict)  # other networks, by name
 
 
 class Source:
     """Makes workloads; the network that real activations come from is built once, when needed."""
 
-    def __init__(self, kind: str, device: torch.device, rivals: Iterable[str] = ()) -> None:
+    def __init__(self, kind: str, device: torch.device, baselines: Iterable[str] = ()) -> None:
         self.device = device
-        self._rival_names = tuple(rivals)  # the networks to set beside ours
+        self._baseline_names = tuple(baselines)  # the networks to set beside ours
         self._photos = load_photos() if kind == "photos" else None
 
     def workload(self, settings: Settings) -> Workload:
@@ -163,11 +163,11 @@ class Source:
     def _whole_network(self, settings: Settings) -> Workload:
         literal, fused = self._both(self._network, settings)
         images = (self._place(self._images(settings.batch), settings).requires_grad_(False),)
-        rivals = {}
-        for name in self._rival_names:
-            network = self._place_weights(self._rivals[name], settings).train(literal.training)
-            rivals[name] = Workload(network, network, images, None)
-        return Workload(literal, fused, images, None, rivals)
+        baselines = {}
+        for name in self._baseline_names:
+            network = self._place_weights(self._baselines[name], settings).train(literal.training)
+            baselines[name] = Workload(network, network, images, None)
+        return Workload(literal, fused, images, None, baselines)
 
     def _both(self, model: nn.Module, settings: Settings) -> tuple[nn.Module, nn.Module]:
         """A block or a network as it is, and with its PSA modules replaced."""
@@ -191,8 +191,11 @@ class Source:
         return calibrated(functools.partial(ef.epsanet50, fused=False), self._images(2).cpu())
 
     @functools.cached_property
-    def _rivals(self) -> dict[str, nn.Module]:
-        return {name: calibrated(RIVALS[name], self._images(2).cpu()) for name in self._rival_names}
+    def _baselines(self) -> dict[str, nn.Module]:
+        return {
+            name: calibrated(BASELINES[name], self._images(2).cpu())
+            for name in self._baseline_names
+        }
 
     @property
     def _blocks(self) -> dict[str, ef.EPSABlock]:

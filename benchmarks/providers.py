@@ -15,8 +15,8 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from baselines import BASELINES
 from inputs import NormTail, Workload
-from rivals import RIVALS
 from torch import Tensor, nn
 
 import epsanet_fused as ef
@@ -168,10 +168,10 @@ def optimized(workload: Workload, cuda_graph: bool = False) -> nn.Module:
     return made
 
 
-def _of_rival(
+def _of_baseline(
     name: str, prepare, workload: Workload, mode: str, autocast: torch.dtype | None
 ) -> Prepared:
-    return prepare(workload.rivals[name], mode, autocast)
+    return prepare(workload.baselines[name], mode, autocast)
 
 
 def _planned(prepare, workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
@@ -266,8 +266,17 @@ def _needs_backend(name: str, device: torch.device) -> str | None:
     return None
 
 
-_FOR_RIVALS = ("eager", "eager-graph", "compile", "compile-reduce-overhead", "compile-max-autotune",
-               "compile-freezing", "optimized", "optimized-compile", "optimized-graph")  # fmt: skip
+_FOR_BASELINES = (
+    "eager",
+    "eager-graph",
+    "compile",
+    "compile-reduce-overhead",
+    "compile-max-autotune",
+    "compile-freezing",
+    "optimized",
+    "optimized-compile",
+    "optimized-graph",
+)
 
 
 def _table() -> dict[str, Provider]:
@@ -301,9 +310,9 @@ def _table() -> dict[str, Provider]:
         "optimized-compile": Provider(bind(_frozen, optimized), _needs_compiler, **optimal),
         "optimized-graph": Provider(bind(_optimized, True), _needs_cuda, **optimal),
     }
-    for rival, name in itertools.product(RIVALS, _FOR_RIVALS):
-        prepare = bind(_of_rival, rival, table[name].prepare)
-        table[f"{rival}:{name}"] = table[name]._replace(prepare=prepare, scopes=("network",))
+    for baseline, name in itertools.product(BASELINES, _FOR_BASELINES):
+        prepare = bind(_of_baseline, baseline, table[name].prepare)
+        table[f"{baseline}:{name}"] = table[name]._replace(prepare=prepare, scopes=("network",))
     for name in (*ef.list_backends(), *VARIANTS):
         if name != "reference":  # that is "cleaned"
             runs = Provider(bind(_ours, name), bind(_needs_backend, name))

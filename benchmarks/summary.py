@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from baselines import baseline_of
 from report import Row, align
-from rivals import rival_of
 
 HEAD = ("step", "case", "eager", "compiled", "ours", "", "vs eager", "vs compiled", "% of copy",
         "ResNet-50")  # fmt: skip
@@ -61,9 +61,9 @@ def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def whose_is(provider: str) -> str:
-    """eager, compiled, ours or a rival's name; "aside" for what isn't compared."""
-    if rival := rival_of(provider):
-        return rival
+    """eager, compiled, ours or a baseline's name; "aside" for what isn't compared."""
+    if baseline := baseline_of(provider):
+        return baseline
     if provider in ASIDE:
         return "aside"
     if provider.startswith("eager"):

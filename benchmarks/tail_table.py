@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from inputs import STAGES
-from measured import Card, Row, Time, by_key, time_of, together
+from load_results import Card, Row, Time, by_key, time_of, together
 from report import align
 
 MODES = ("inference", "backward")

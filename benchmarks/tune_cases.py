@@ -11,7 +11,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from ahead import launches
+from aot_compile import launches
 from inputs import SEED, STAGES
 from torch import Tensor
 
@@ -189,7 +189,7 @@ def prepare(
 
 
 def compile_ahead(case: Case, candidate: Candidate) -> None:
-    """Leave the launch's kernels in Triton's cache; see ahead.compilers."""
+    """Leave the launch's kernels in Triton's cache; see aot_compile.compilers."""
     run = prepare(case, torch.device("cpu"), filled=False)
     with launches(compile_only=True), applied(candidate):
         run()

@@ -24,10 +24,10 @@ from functools import partial
 
 import torch
 import triton
-from ahead import compilers, launches
-from cold import make_clock
+from aot_compile import compilers, launches
 from environment import describe
 from inputs import STAGES
+from l2_flush import make_clock
 from options import add_shared, finish_shared, positive_int
 from report import align, write_csv
 from torch import Tensor

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
 
 import torch
+from baselines import baseline_of
 from bench_psa import layouts, parse, sweep, words
 from inputs import Settings, Source
 from providers import PROVIDERS
-from rivals import rival_of
 from torch._inductor import config as inductor
 
 from epsanet_fused.backends.registry import use_backend
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_per_process_memory_fraction(MOST_MEMORY.get(args.scope, 0.1))
     inductor.autotune_local_cache = False  # nothing that was timed here is to be believed later
     names = [name for name in args.providers if name.endswith(COMPILED) and "planned" not in name]
-    source = Source(args.input, args.device, dict.fromkeys(filter(None, map(rival_of, names))))
+    source = Source(args.input, args.device, dict.fromkeys(filter(None, map(baseline_of, names))))
     for settings in sweep(args):
         for name in names:
             for case in layouts(settings):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,12 +33,6 @@ def _poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture
-def bench() -> Callable[[str], ModuleType]:
-    """Imports a benchmark's module as its sibling scripts do: by its folder on the path."""
-    return importlib.import_module
 
 
 @pytest.fixture

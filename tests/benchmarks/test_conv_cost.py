@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import conv_cost
 import pytest
 import torch
 from helpers.processes import rows_of, script
 
 
-def test_conv_cost_runs_and_checks_every_merge(tmp_path, bench):
+def test_conv_cost_runs_and_checks_every_merge(tmp_path):
     done = script("conv_cost.py", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "conv_cost.csv")
-    assert tuple(rows[0]) == bench("conv_cost").COLUMNS
+    assert tuple(rows[0]) == conv_cost.COLUMNS
     assert {row["pass"] for row in rows} == {"forward", "dgrad", "wgrad"}
     assert {row["merge"] for row in rows} >= {"as_is", "k16", "dense"}
     for row in rows:
@@ -21,8 +22,7 @@ def test_conv_cost_runs_and_checks_every_merge(tmp_path, bench):
     assert "8 of 8 settings measured" in done.stdout
 
 
-def test_conv_cost_records_what_it_had_no_time_for(tmp_path, bench, threads):
-    conv_cost = bench("conv_cost")
+def test_conv_cost_records_what_it_had_no_time_for(tmp_path, threads):
     arguments = ["--quick", "--seconds", "1e-9", "--device", "cpu", "--out", str(tmp_path)]
     assert conv_cost.run(conv_cost.parse(arguments)) == 0
     rows = rows_of(tmp_path / "conv_cost.csv")
@@ -31,8 +31,7 @@ def test_conv_cost_records_what_it_had_no_time_for(tmp_path, bench, threads):
 
 
 @pytest.mark.parametrize("groups, merged", [(8, 4), (8, 2), (8, 1), (4, 4), (6, 2)])
-def test_merging_groups_changes_no_number(groups, merged, bench):
-    conv_cost = bench("conv_cost")
+def test_merging_groups_changes_no_number(groups, merged):
     weight = torch.randn(2 * groups, 3, 5, 5, dtype=torch.float64)
     x = torch.randn(2, 3 * groups, 6, 7, dtype=torch.float64)
     wide = conv_cost.merge_weight(weight, groups, merged)
@@ -42,16 +41,16 @@ def test_merging_groups_changes_no_number(groups, merged, bench):
     assert torch.equal(conv_cost.unmerge_weight(wide, groups, merged), weight)
 
 
-def test_merges_leave_the_asked_outputs_per_group_and_are_named_once(bench):
-    merges = bench("conv_cost").merges
+def test_merges_leave_the_asked_outputs_per_group_and_are_named_once():
+    merges = conv_cost.merges
     assert merges(16, 16) == {"as_is": 16, "k8": 2, "k16": 1}  # S1's k9
     assert merges(32, 8) == {"as_is": 8, "k8": 4, "k16": 2, "dense": 1}
     assert merges(128, 4) == {"as_is": 4, "dense": 1}
     assert merges(16, 1) == {"as_is": 1}
 
 
-def test_conv_plan_measures_autotuned_16_bit_first(bench):
-    plan = bench("conv_cost").plan(("S1", "S2"), ("float16", "tf32"), cuda=True)
+def test_conv_plan_measures_autotuned_16_bit_first():
+    plan = conv_cost.plan(("S1", "S2"), ("float16", "tf32"), cuda=True)
     assert len(plan) == len(set(plan)) == 2 * 2 * 2 * 2 * 4
     assert [conv.benchmark for conv in plan] == [True] * 32 + [False] * 32
     assert {conv.dtype for conv in plan[:16]} == {"float16"}

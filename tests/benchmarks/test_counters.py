@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import counters
 import pytest
 import torch
 from helpers.processes import is_running, rows_of
@@ -50,18 +51,16 @@ REST = "\n".join(
 )
 
 
-def test_without_ncu_it_is_skipped(tmp_path, bench, monkeypatch, capsys):
+def test_without_ncu_it_is_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    counters = bench("counters")
     assert counters.run(counters.parse(["--out", str(tmp_path / "out")])) == 77
     assert capsys.readouterr().out == "skipped: ncu isn't on PATH\n"
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
-def measure(tmp_path, bench, monkeypatch):
+def measure(tmp_path, monkeypatch):
     """Runs it where ncu writes the texts given, one each time."""
-    counters = bench("counters")
     monkeypatch.setattr(counters.shutil, "which", lambda name: f"/opt/{name}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(counters, "describe", lambda device: {"device": "some card"})
@@ -128,8 +127,7 @@ def test_no_counters_is_no_result(measure, text, status, tmp_path):
     assert not (tmp_path / "counters.csv").exists()
 
 
-def test_ncu_is_told_to_leave_the_clocks_alone(bench, monkeypatch):
-    counters = bench("counters")
+def test_ncu_is_told_to_leave_the_clocks_alone(monkeypatch):
     args = counters.parse(["--device", "cpu"])
     for run in (counters.TRAFFIC, counters.REST):
         command = counters.command(args, run, Path("log"))
@@ -140,8 +138,7 @@ def test_ncu_is_told_to_leave_the_clocks_alone(bench, monkeypatch):
         assert again.profiled and counters.plan(again) == counters.plan(args)
 
 
-def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(bench, monkeypatch):
-    counters = bench("counters")
+def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(monkeypatch):
     happened = []
 
     @contextmanager
@@ -165,8 +162,7 @@ def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(ben
     assert " ".join(happened) == "[ marker ] step step [ step ] [ marker ]"
 
 
-def test_what_is_profiled_ends_with_the_time(bench, tmp_path, monkeypatch):
-    counters = bench("counters")
+def test_what_is_profiled_ends_with_the_time(tmp_path, monkeypatch):
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); " \
             "time.sleep(60)"  # fmt: skip
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

@@ -7,9 +7,11 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
+import conv_cost
+import decide
 import pytest
+import report
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,23 +29,17 @@ WRONG = {"ok": False, "note": "WRONG: the error is over its bound, so it isn't t
 
 
 @pytest.fixture
-def decide(bench) -> ModuleType:
-    return bench("decide")
-
-
-@pytest.fixture
-def visit(tmp_path, bench):
+def visit(tmp_path):
     """Writes what a visit to a card leaves into a folder."""
 
     def write(results=(), costs=(), card=CARD, l2_bytes=0) -> Path:
-        for name, rows, module in (
-            ("results.csv", results, "report"),
-            ("conv_cost.csv", costs, "conv_cost"),
+        for name, rows, columns in (
+            ("results.csv", results, report.COLUMNS),
+            ("conv_cost.csv", costs, conv_cost.COLUMNS),
         ):
-            columns = bench(module).COLUMNS
             common = dict.fromkeys(columns, "") | {"device": CARD, "cuda": "13.0"}
             if rows:
-                bench("report").write_csv(tmp_path / name, (common | r for r in rows), columns)
+                report.write_csv(tmp_path / name, (common | r for r in rows), columns)
         environment = {"device": card, "capability": "9.0", "l2_bytes": l2_bytes}
         (tmp_path / "env.json").write_text(json.dumps(environment))
         return tmp_path
@@ -100,7 +96,7 @@ OUTCOMES = {
 }
 
 
-def test_pasted_rows_give_every_measured_tail_its_winner(decide, visit):
+def test_pasted_rows_give_every_measured_tail_its_winner(visit):
     grid = list(itertools.product(STAGES, BATCHES, ("float16", "float32"), LAYOUTS))
 
     @settings(max_examples=20, deadline=None)
@@ -122,7 +118,7 @@ def test_pasted_rows_give_every_measured_tail_its_winner(decide, visit):
     check()
 
 
-def test_rows_end_with_what_was_measured_and_meet_at_the_geometric_mean(decide, visit):
+def test_rows_end_with_what_was_measured_and_meet_at_the_geometric_mean(visit):
     rows = []
     for stage, batch, layout in itertools.product(STAGES, BATCHES, LAYOUTS):
         times = OUTCOMES["cuda" if batch > 1 and stage in ("S3", "S4") else "triton"]
@@ -153,19 +149,19 @@ def test_rows_end_with_what_was_measured_and_meet_at_the_geometric_mean(decide, 
         ((WRONG, 0.5, 0.9), (1, 0.5, 0.9), None),  # there is nothing to compare it with
     ],
 )
-def test_a_backend_replaces_triton_where_nobody_loses(forward, backward, winner, decide, visit):
+def test_a_backend_replaces_triton_where_nobody_loses(forward, backward, winner, visit):
     table = pasted(decide.decide(visit(tail(forward, backward))))
     assert look_up(problem("S4", 128), table) == winner
 
 
-def test_the_next_best_is_another_backend_also_where_one_pass_refuses(decide, visit):
+def test_the_next_best_is_another_backend_also_where_one_pass_refuses(visit):
     times = (1.2, REFUSED, 1.0)
     lines = decide.decide(visit(tail(times, times)))
     about = f"    # {CARD}: forward 1.20x, step 1.20x as fast as the next best, by 6 rows"
     assert about in lines
 
 
-def test_forward_is_judged_warm_where_it_fits_into_l2_and_backward_cold(decide, visit):
+def test_forward_is_judged_warm_where_it_fits_into_l2_and_backward_cold(visit):
     wins, loses = (1, 0.8, 1.3), (1, 1.2, 1.3)
     rows = [
         row
@@ -180,7 +176,7 @@ def test_forward_is_judged_warm_where_it_fits_into_l2_and_backward_cold(decide, 
     assert look_up(problem("S4", 128), table) is None
 
 
-def test_a_row_leaves_out_what_was_not_measured(decide, visit):
+def test_a_row_leaves_out_what_was_not_measured(visit):
     wins = (1, 0.8, 1.3)
     grid = {*itertools.product(STAGES, BATCHES)} - {("S2", 32)}
     rows = [row for point in grid for row in tail(wins, wins, *point)]
@@ -189,14 +185,14 @@ def test_a_row_leaves_out_what_was_not_measured(decide, visit):
     assert look_up(problem("S2", 32), table) is None
 
 
-def test_a_tail_without_a_backward_is_shown_as_undecided(decide, visit):
+def test_a_tail_without_a_backward_is_shown_as_undecided(visit):
     rows = tail((1, 0.8, 1.3), (1, 0.8, 1.3)) + tail((1, 0.8, 1.3), (1, 0.8, 1.3), "S3")[:3]
     lines = decide.decide(visit(rows))
     assert ["nchw", "float16", "100_352", "?"] in cells(lines)
     assert look_up(problem("S3", 128), pasted(lines)) is None
 
 
-def test_without_env_json_the_rows_are_for_any_card(decide, visit):
+def test_without_env_json_the_rows_are_for_any_card(visit):
     folder = visit(tail((1, 0.8, 1.3), (1, 0.8, 1.3)))
     (folder / "env.json").unlink()
     lines = decide.decide(folder)
@@ -219,7 +215,7 @@ def norm_rows(fused=None, leave_out=()) -> list[dict[str, object]]:
     ]  # fmt: skip
 
 
-def test_the_norm_goes_in_where_it_is_nowhere_slower(decide, visit):
+def test_the_norm_goes_in_where_it_is_nowhere_slower(visit):
     lines = decide.decide(visit(norm_rows({("S4", "nchw"): 1.19})))
     assert lines[-1] == '    "cuda": "triton",'
     assert lines[-2] == "S4 128 float16 nchw cold: 1.01x as fast as the three apart, a tie"
@@ -241,7 +237,7 @@ def test_the_norm_goes_in_where_it_is_nowhere_slower(decide, visit):
         ),
     ],
 )
-def test_the_norm_is_left_out_with_the_reason(rows, reason, decide, visit):
+def test_the_norm_is_left_out_with_the_reason(rows, reason, visit):
     lines = decide.decide(visit(rows))
     at = lines.index("left out:")
     assert reason in lines[at:]
@@ -261,7 +257,7 @@ def conv_rows(kernel: int, layout: str, ms: dict[str, tuple[float, float, float]
     ]
 
 
-def test_convolutions_get_the_fastest_merge_of_each_use_and_stages_a_layout(decide, visit):
+def test_convolutions_get_the_fastest_merge_of_each_use_and_stages_a_layout(visit):
     rows = [
         *conv_rows(3, "nchw", {"as_is": (1, 1, 1)}),
         *conv_rows(5, "nchw", {"as_is": (1, 1, 1), "k8": (0.5, 2, 2)}),
@@ -277,7 +273,7 @@ def test_convolutions_get_the_fastest_merge_of_each_use_and_stages_a_layout(deci
     assert ["training", "float16", "S1", "nchw 1.91x"] in found  # 20 / 10.49
 
 
-def test_a_stage_that_lacks_a_convolution_gets_no_layout(decide, visit):
+def test_a_stage_that_lacks_a_convolution_gets_no_layout(visit):
     rows = [*conv_rows(3, "nchw", {"as_is": (1, 1, 1)}), *conv_rows(5, "nchw", {"k8": (1, 1, 1)})]
     rows += conv_rows(3, "channels_last", {"as_is": (1, 1, 1)})[:2]  # the forward only
     found = cells(decide.decide(visit(costs=rows)))
@@ -287,7 +283,7 @@ def test_a_stage_that_lacks_a_convolution_gets_no_layout(decide, visit):
     assert ["inference", "float16", "S1"] in found
 
 
-def test_what_cannot_be_decided_on_is_refused_by_name(decide, visit, tmp_path, capsys):
+def test_what_cannot_be_decided_on_is_refused_by_name(visit, tmp_path, capsys):
     def refused(folder: Path) -> str:
         with pytest.raises(SystemExit) as stopped:
             decide.main([str(folder)])
@@ -313,7 +309,7 @@ def test_what_cannot_be_decided_on_is_refused_by_name(decide, visit, tmp_path, c
     assert "results.csv: holds no rows" in refused(folder)
 
 
-def test_it_prints_all_three_decisions(decide, visit, capsys):
+def test_it_prints_all_three_decisions(visit, capsys):
     tails = tail((1, 0.8, 1.3), (1, 0.8, 1.3))
     modules = [row | {"scope": "module"} for row in tails]  # of the same backends
     results = [*tails, *modules, *norm_rows()]

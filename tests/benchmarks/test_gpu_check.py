@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
-import pytest
-import torch
-from helpers.processes import BENCHMARKS, is_running, rows_of, script
-
-SMI_LINE = "NVIDIA H200, 580.65.06, 143771 MiB, [N/A]\n"
+import gpu_check
+import gpu_plan
+import report
+from helpers.processes import is_running, rows_of, script
 
 
 def test_gpu_check_without_a_gpu_says_so_before_doing_anything(tmp_path):
@@ -43,70 +41,7 @@ def test_steps_can_be_chosen(tmp_path):
     assert "got 'magic'" in done.stderr
 
 
-@pytest.fixture
-def tools(tmp_path, monkeypatch):
-    """A machine with all the programs that steps can't do without."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("compute-sanitizer", "ncu"):
-        (folder / name).write_text("#!/bin/sh\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-def test_every_planned_command_parses(tmp_path, bench, tools, monkeypatch):
-    gpu_plan = bench("gpu_plan")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    extra = [step.name for step in gpu_plan.extra_steps(tmp_path)]
-    steps, missing = gpu_plan.plan(tmp_path)
-    named, none_missing = gpu_plan.plan(tmp_path, extra)
-    assert not missing and not none_missing
-    assert [step.name for step in named] == extra
-    assert len({step.name for step in (*steps, *named)}) == len([*steps, *named])
-    parsers = {"warm_up": "bench_psa", "bench_psa": "bench_psa", "conv_cost": "conv_cost",
-               "tune_triton": "tune_triton", "counters": "counters"}  # fmt: skip
-    parsed = set()
-    for step in (*steps, *named):
-        for name, parser in parsers.items():
-            if (path := str(BENCHMARKS / f"{name}.py")) in step.command:
-                command = gpu_plan.with_deadline(step, 50 + gpu_plan.GRACE_SECONDS)
-                args = bench(parser).parse(command[command.index(path) + 1 :])
-                assert args.device.type == "cuda"
-                assert args.seconds == (50 if step.own_deadline else 1000)
-                parsed.add(step.name)
-    assert {s.name for s in (*steps, *named) if s.own_deadline} == parsed - {*gpu_plan.SANITIZERS}
-
-
-def test_what_lacks_its_program_is_skipped_with_the_reason(tmp_path, bench, monkeypatch):
-    gpu_plan = bench("gpu_plan")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    steps, missing = gpu_plan.plan(tmp_path, ["tests", "memcheck", "counters"])
-    assert [step.name for step in steps] == ["tests"]
-    assert missing == {"memcheck": "compute-sanitizer isn't on PATH",
-                       "counters": "ncu isn't on PATH"}  # fmt: skip
-
-
-def test_only_what_is_not_timed_runs_beside_something(tmp_path, bench, tools):
-    gpu_plan = bench("gpu_plan")
-    together = [group for group in gpu_plan.groups(gpu_plan.plan(tmp_path)[0]) if len(group) > 1]
-    assert len(together) == 1
-    assert {step.kind for step in together[0]} == {"check", "warm-up"}
-    assert {"tests", "memcheck", "racecheck"} < {step.name for step in together[0]}
-
-
-def test_time_that_a_step_leaves_goes_to_later_ones(bench):
-    gpu_plan = bench("gpu_plan")
-    names = (("a", 10), ("b", 20), ("c", 70))
-    groups = [[gpu_plan.Step(name, (), weight, "check")] for name, weight in names]
-    groups[1].append(gpu_plan.Step("beside b", (), 5, "check"))
-    assert gpu_plan.allotment(groups, 0, 500) == pytest.approx(50)
-    assert gpu_plan.allotment(groups, 1, 500) == pytest.approx(500 * 20 / 90)
-    assert gpu_plan.allotment(groups, 2, 123) == pytest.approx(123)
-    assert gpu_plan.allotment(groups, 2, -3) == 0
-
-
-def test_steps_beside_each_other_run_at_the_same_time(tmp_path, bench):
-    gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
+def test_steps_beside_each_other_run_at_the_same_time(tmp_path):
     wait = (
         "import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\n"
         "mine.touch()\nwhile not other.exists(): time.sleep(0.05)\nprint('saw', other.name)"
@@ -121,8 +56,7 @@ def test_steps_beside_each_other_run_at_the_same_time(tmp_path, bench):
     assert 0 < text.index("===== a") < text.index("saw b") < text.index("===== b")
 
 
-def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path, bench):
-    gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
+def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path):
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     parent = (
         f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
@@ -142,8 +76,7 @@ def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path
     assert not is_running(pid)
 
 
-def test_steps_that_fail_or_pass_are_told_apart(tmp_path, bench):
-    gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
+def test_steps_that_fail_or_pass_are_told_apart(tmp_path):
 
     def end(code: int, kind: str):
         command = (sys.executable, "-c", f"raise SystemExit({code})")
@@ -163,8 +96,7 @@ def test_steps_that_fail_or_pass_are_told_apart(tmp_path, bench):
     assert gpu_check.everything_passed([passed, skipped], measured=True)
 
 
-def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path, bench):
-    gpu_check, report = bench("gpu_check"), bench("report")
+def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path):
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     out.mkdir()
     empty = dict.fromkeys(report.COLUMNS, "")
@@ -195,13 +127,12 @@ def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path, bench
     assert "tests  passed" in table
 
 
-def test_nothing_measured_leaves_the_results_alone(tmp_path, bench):
-    assert bench("gpu_check").collect(tmp_path / "scratch", tmp_path, []) == {}
+def test_nothing_measured_leaves_the_results_alone(tmp_path):
+    assert gpu_check.collect(tmp_path / "scratch", tmp_path, []) == {}
     assert not (tmp_path / "results.csv").exists()
 
 
-def test_what_was_left_out_shows_in_the_table(tmp_path, bench):
-    gpu_check, report = bench("gpu_check"), bench("report")
+def test_what_was_left_out_shows_in_the_table(tmp_path):
     rows = [dict.fromkeys(report.COLUMNS, "") | {"note": note}
             for note in ("", "skipped: out of time", "skipped: out of time")]  # fmt: skip
     for step, found in (("module", rows), ("block", rows[:1])):
@@ -221,42 +152,7 @@ def test_what_was_left_out_shows_in_the_table(tmp_path, bench):
     assert gpu_check.with_counts(killed, tmp_path) == killed
 
 
-def test_ours_is_timed_before_what_takes_long_to_compile(tmp_path, bench):
-    gpu_plan = bench("gpu_plan")
-    for step in gpu_plan.compiled_steps(tmp_path):
-        providers = step.command[step.command.index("--providers") + 1 :]
-        kinds = [bench("summary").whose_is(name) for name in providers]
-        assert kinds.index("ours") < kinds.index("compiled"), step.name
-
-
-def test_smi_answers_are_parsed_by_field(bench):
-    environment = bench("environment")
-    fields = ("name", "driver_version", "memory.total", "mig.mode.current")
-    found = environment.parse_smi(SMI_LINE * 2, fields)
-    assert found == {"name": "NVIDIA H200", "driver_version": "580.65.06",
-                     "memory.total": "143771 MiB", "mig.mode.current": "[N/A]"}  # fmt: skip
-    assert environment.parse_smi("", fields) == {}
-    assert environment.parse_smi("Field is not a valid field to query.\n", fields) == {}
-
-
-def test_smi_is_only_ever_queried(bench, monkeypatch, tmp_path):
-    """An nvidia-smi that refuses the joint query is asked field by field, and never to set."""
-    asked = tmp_path / "asked"
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text(
-        f'#!/bin/sh\necho "$@" >> {asked}\ncase "$1" in *,*) exit 2;; '
-        f'--query-gpu=name) echo "A card";; *) exit 2;; esac\n'
-    )
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert bench("environment").query_smi() == {"name": "A card"}
-    for line in asked.read_text().splitlines():
-        query, form = line.split()
-        assert query.startswith("--query-gpu=") and form == "--format=csv,noheader"
-
-
-def test_a_measurement_that_found_no_time_is_no_failed_check(bench):
-    gpu_check, gpu_plan = bench("gpu_check"), bench("gpu_plan")
+def test_a_measurement_that_found_no_time_is_no_failed_check():
     killed = {
         kind: gpu_check.outcome(gpu_plan.Step("a step", (), 1, kind), None, 1.0)
         for kind in ("measurement", "warm-up", "check")

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import itertools
 
+import plots
 import pytest
+import report
 from helpers.processes import PNG, script
 
 pytest.importorskip("matplotlib")
 
 
 def row(**settings: object) -> dict[str, str]:
-    from report import COLUMNS
-
     plain = {"scope": "tail", "mode": "inference", "stage": "S1", "batch": 1, "dtype": "float32",
              "layout": "nchw", "cache": "warm", "provider": "fused", "device": "a card",
              "ms_p20": 1, "ms_p50": 2, "ms_p80": 4, "speedup": 3, "gbps": 500,
              "peak_extra_bytes": 7e6}  # fmt: skip
-    return {k: str(v) for k, v in (dict.fromkeys(COLUMNS, "") | plain | settings).items()}
+    return {k: str(v) for k, v in (dict.fromkeys(report.COLUMNS, "") | plain | settings).items()}
 
 
-def test_a_folder_of_csvs_becomes_its_plots(tmp_path, bench):
-    report = bench("report")
+def test_a_folder_of_csvs_becomes_its_plots(tmp_path):
     tail = [row(provider=name) for name in ("eager", "fused", "copy")]
     network = row(scope="network", stage="all", speedup="", gbps="")
     report.write_csv(tmp_path / "tail.csv", tail)
@@ -32,12 +31,11 @@ def test_a_folder_of_csvs_becomes_its_plots(tmp_path, bench):
     names = {"speedup.png", "bandwidth.png", "latency.png", "memory.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == names
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in names)
-    bench("plots").draw_all(tmp_path / "plots.pdf", tail)
+    plots.draw_all(tmp_path / "plots.pdf", tail)
     assert (tmp_path / "plots.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_each_panel_is_of_one_dtype_cache_mode_and_layout(bench):
-    plots = bench("plots")
+def test_each_panel_is_of_one_dtype_cache_mode_and_layout():
     axes = {
         "mode": ("inference", "backward"), "dtype": ("float32", "float16"),
         "layout": ("nchw", "channels_last"), "cache": ("warm", "cold"), "batch": (1, 128),
@@ -56,8 +54,7 @@ def test_each_panel_is_of_one_dtype_cache_mode_and_layout(bench):
     assert all(r["batch"] == "128" for shown in memory.values() for r in shown)
 
 
-def test_with_convolutions_the_better_layout_counts(bench):
-    plots = bench("plots")
+def test_with_convolutions_the_better_layout_counts():
     rows = [
         row(scope="network", stage="all", layout=layout, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 2)
         for layout, ms in (("nchw", 20), ("channels_last", 10))

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import inputs
 import pytest
 import torch
 from helpers.processes import rows_of
 
 pytest.importorskip("triton")
 
+import tune_cases
+import tune_triton
+
 from epsanet_fused.backends.triton import config
 
 
 @pytest.fixture
-def tiny(bench, monkeypatch, tmp_path, threads):
+def tiny(monkeypatch, tmp_path, threads):
     """Runs it on a stage that the interpreter is done with soon."""
-    monkeypatch.setitem(bench("inputs").STAGES, "S4", (16, 3))
-    tune = bench("tune_triton")
+    monkeypatch.setitem(inputs.STAGES, "S4", (16, 3))
 
     def run(*arguments: str) -> tuple[int, list[dict[str, str]]]:
         torch.set_num_threads(1)
         arguments = ("--quick", "--device", "cpu", "--stages", "S4", *arguments)
-        status = tune.run(tune.parse([*arguments, "--out", str(tmp_path)]))
+        status = tune_triton.run(tune_triton.parse([*arguments, "--out", str(tmp_path)]))
         return status, rows_of(tmp_path / "tune_triton.csv")
 
     return run
 
 
-def test_every_launch_is_timed_with_candidates_against_the_present(tiny, bench, capsys):
+def test_every_launch_is_timed_with_candidates_against_the_present(tiny, capsys):
     before = (dict(config.SUM), dict(config.RECALIBRATE), dict(config.NORMALIZE))
     kinds = ("sum", "recalibrate")
     status, rows = tiny("--batch", "2", "--layout", "channels_last", "--kinds", *kinds)
     assert status == 0
-    assert tuple(rows[0]) == bench("tune_triton").COLUMNS
+    assert tuple(rows[0]) == tune_triton.COLUMNS
     assert {row["kind"] for row in rows} == set(kinds)
     for row in rows:
         assert row["ok"] == "True"
@@ -47,17 +50,16 @@ def test_every_launch_is_timed_with_candidates_against_the_present(tiny, bench, 
     assert "say nothing of a card" in printed
 
 
-def test_a_wrong_candidate_is_noticed_and_not_timed(tiny, bench, monkeypatch):
-    cases = bench("tune_cases")
+def test_a_wrong_candidate_is_noticed_and_not_timed(tiny, monkeypatch):
 
     def wrong_with_another_entry(t):
-        cases.launch.recalibrate(t.problem, t.attention)
+        tune_cases.launch.recalibrate(t.problem, t.attention)
         if config.RECALIBRATE["interpreted"] != before:
             t.cat[0, 0, 0, 0] = 7
         return (t.cat,)
 
     before = config.RECALIBRATE["interpreted"]
-    monkeypatch.setitem(cases.KINDS, "recalibrate", wrong_with_another_entry)
+    monkeypatch.setitem(tune_cases.KINDS, "recalibrate", wrong_with_another_entry)
     status, rows = tiny("--batch", "1", "--layout", "nchw", "--kinds", "recalibrate")
     assert status == 1
     present, *others = rows
@@ -74,57 +76,53 @@ def test_what_it_has_no_time_for_is_recorded(tiny):
     assert {row["note"] for row in rows} == {"skipped: out of time"}
 
 
-def test_interpreted_kernels_are_not_timed_by_mistake(bench, capsys):
+def test_interpreted_kernels_are_not_timed_by_mistake(capsys):
     with pytest.raises(SystemExit):
-        bench("tune_triton").parse(["--device", "cpu"])
+        tune_triton.parse(["--device", "cpu"])
     assert "argument --device: the time of interpreted kernels" in capsys.readouterr().err
 
 
-def test_every_launch_writes_all_that_it_returns(bench, monkeypatch):
-    monkeypatch.setitem(bench("inputs").STAGES, "S4", (16, 3))
-    cases = bench("tune_cases")
-    for kind in cases.KINDS:
-        case = cases.Case(kind, "S4", 2, "float32", "channels_last")
-        launch = cases.prepare(case, torch.device("cpu"))
+def test_every_launch_writes_all_that_it_returns(monkeypatch):
+    monkeypatch.setitem(inputs.STAGES, "S4", (16, 3))
+    for kind in tune_cases.KINDS:
+        case = tune_cases.Case(kind, "S4", 2, "float32", "channels_last")
+        launch = tune_cases.prepare(case, torch.device("cpu"))
         for result in launch():
             result.fill_(torch.nan)
         for result in launch():
             assert result.isfinite().all() and result.any(), kind
 
 
-def test_candidates_change_the_entry_that_serves_the_case(bench, monkeypatch):
-    cases = bench("tune_cases")
-    monkeypatch.setattr(cases.psa_tail, "INTERPRETED", False)
+def test_candidates_change_the_entry_that_serves_the_case(monkeypatch):
+    monkeypatch.setattr(tune_cases.psa_tail, "INTERPRETED", False)
     rows = {("S1", 128): "large", ("S1", 32): "small", ("S4", 128): "fold"}
-    for kind in cases.KINDS:
+    for kind in tune_cases.KINDS:
         for (stage, batch), row in rows.items():
-            for layout in cases.LAYOUTS:
-                case = cases.Case(kind, stage, batch, "float16", layout)
-                tried = cases.trials(case, 99)
-                assert len(cases.distinct(tried)) > 3
+            for layout in tune_cases.LAYOUTS:
+                case = tune_cases.Case(kind, stage, batch, "float16", layout)
+                tried = tune_cases.trials(case, 99)
+                assert len(tune_cases.distinct(tried)) > 3
                 if kind == "sum":
                     assert {c.row for c, _ in tried if c.table == "SUM"} == {row}
                 for candidate, _ in tried[1:]:
                     assert candidate.present != candidate.name
 
 
-def test_fold_bytes_moves_the_sums_from_one_launch_to_two(bench, monkeypatch):
-    cases = bench("tune_cases")
-    monkeypatch.setattr(cases.psa_tail, "INTERPRETED", False)
-    tried = cases.trials(cases.Case("sum", "S4", 1, "float16", "nchw"), 99)
+def test_fold_bytes_moves_the_sums_from_one_launch_to_two(monkeypatch):
+    monkeypatch.setattr(tune_cases.psa_tail, "INTERPRETED", False)
+    tried = tune_cases.trials(tune_cases.Case("sum", "S4", 1, "float16", "nchw"), 99)
     folds = {c.name: cut.fold_gate for c, cut in tried if c.table in ("", "FOLD_BYTES")}
     assert folds == {"": True, "0": False, "65536": True, "262144": True, "524288": True}
 
 
-def test_the_summary_names_the_best_mean_and_where_it_loses(bench):
-    tune = bench("tune_triton")
+def test_the_summary_names_the_best_mean_and_where_it_loses():
 
     def row(candidate: str, stage: str, ratio: float | str, tie: bool = False):
         case = {"kind": "sum", "stage": stage, "batch": 1, "layout": "nchw"}
         entry = {"setting": "PROGRAMS", "present": "512", "candidate": candidate}
         return case | entry | {"ratio": ratio, "tie": tie}
 
-    lines = tune.summary([
+    lines = tune_triton.summary([
         row("1024", "S1", 0.5), row("1024", "S2", 1.25), row("1024", "S3", 0.99, tie=True),
         row("2048", "S1", 0.9), row("2048", "S2", 0.9), row("2048", "S3", 0.9),
         row("256", "S1", 0.1), row("256", "S2", ""), row("256", "S3", 0.1),
@@ -133,5 +131,5 @@ def test_the_summary_names_the_best_mean_and_where_it_loses(bench):
         "PROGRAMS", "512", "1024", "3", "0.852", "1.250", "sum", "S2", "1", "nchw", "1", "1"
     ]  # fmt: skip
     for slower_or_tied in (row("1024", "S1", 1.5), row("1024", "S1", 0.99, tie=True)):
-        (line,) = tune.summary([slower_or_tied]).splitlines()[2:]
+        (line,) = tune_triton.summary([slower_or_tied]).splitlines()[2:]
         assert line.split() == ["PROGRAMS", "512", "the", "present"]

@@ -1,4 +1,4 @@
-"""warm_up.py leaves in the compilers' caches what bench_psa.py compiles."""
+"""Test that warm_up.py fills the caches that bench_psa.py compiles into."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 
 from helpers.processes import BENCHMARKS
 
-# A script of the benchmarks, and then what Inductor says of its cache.
+# Run one of the two scripts, then print Inductor's counters, which count the hits of its cache.
 RUN = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-module = __import__(sys.argv[2])
-arguments = sys.argv[3:]
-if sys.argv[2] == "bench_psa":
+import importlib, json, sys
+name, *arguments = sys.argv[1:]
+module = importlib.import_module(name)
+if name == "bench_psa":
     assert module.run(module.parse(arguments)) == 0
 else:
     assert module.main(arguments) == 0
@@ -26,9 +25,14 @@ print(json.dumps(dict(counters["inductor"])))
 
 
 def cache_use(script: str, cache: Path, *arguments: str) -> tuple[int, int]:
-    """Hits and misses of a run of its own."""
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", RUN, str(BENCHMARKS), script, *arguments]
+    """Run a script in a process of its own and return the hits and misses of Inductor's cache."""
+    path = os.pathsep.join(filter(None, (str(BENCHMARKS), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {
+        "PYTHONPATH": path,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-c", RUN, script, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout.splitlines()[-1])
@@ -36,10 +40,10 @@ def cache_use(script: str, cache: Path, *arguments: str) -> tuple[int, int]:
 
 
 def test_what_was_warmed_up_is_not_compiled_again(tmp_path: Path) -> None:
-    arguments = ("--scope", "module", "--mode", "training", "--stages", "S4", "--batch", "2",
-                 "--layout", "channels_last", "--input", "randn", "--device", "cpu",
-                 "--reps", "1", "--no-plot", "--out", str(tmp_path / "out"), "--seconds", "500",
-                 "--providers", "eager", "fused-compile")  # fmt: skip
+    options = "--scope module --mode training --stages S4 --batch 2 --layout channels_last"
+    options += " --input randn --device cpu --reps 1 --no-plot --seconds 500"
+    options += " --providers eager fused-compile --out"
+    arguments = (*options.split(), str(tmp_path / "out"))
     cache = tmp_path / "cache"
     hits, misses = cache_use("warm_up", cache, *arguments)
     assert misses > 0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from ahead import StandInDriver, launches
+from aot_compile import FakeDriver, launches
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -39,7 +39,7 @@ NORM_CASES = [("S4", "fp16", "nchw", "large"), ("S1", "bf16", "channels_last", "
 def main(name: str) -> None:
     kind, arch = name.split(":")
     target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
-    triton.runtime.driver.set_active(StandInDriver(target))
+    triton.runtime.driver.set_active(FakeDriver(target))
     cases = [(run_tail, *case) for case in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES)]
     for run, stage, dtype, layout, batch in cases + [(run_norm, *case) for case in NORM_CASES]:
         with launches(compile_only=True) as compiled:

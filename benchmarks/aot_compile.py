@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 
-class StandInDriver:
+class FakeDriver:
     """What the launch code asks of a driver, answered for a card that isn't there."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -60,4 +60,4 @@ def compilers(target: GPUTarget) -> ProcessPoolExecutor:
 
 def _stand_in(target: GPUTarget) -> None:
     torch.set_num_threads(1)
-    triton.runtime.driver.set_active(StandInDriver(target))
+    triton.runtime.driver.set_active(FakeDriver(target))

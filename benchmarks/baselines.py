@@ -42,13 +42,13 @@ def _like_epsanet50(block: type[ef.EPSABlock]) -> nn.Module:
     return ef.EPSANet(block, [3, 4, 6, 3])
 
 
-RIVALS: dict[str, Callable[[], nn.Module]] = {
+BASELINES: dict[str, Callable[[], nn.Module]] = {
     "resnet50": functools.partial(_like_epsanet50, ResNetBlock),
     "seresnet50": functools.partial(_like_epsanet50, SEResNetBlock),
 }
 
 
-def rival_of(provider: str) -> str | None:
-    """The rival that a provider such as "resnet50:eager" runs; None if it runs EPSANet."""
+def baseline_of(provider: str) -> str | None:
+    """The baseline that a provider such as "resnet50:eager" runs; None if it runs EPSANet."""
     name, colon, _ = provider.partition(":")
-    return name if colon and name in RIVALS else None
+    return name if colon and name in BASELINES else None
