@@ -1,1 +1,1 @@
-"""epsanet_fused inside other packages: each module is imported only when asked for."""
+"""EPSANet in other packages' interfaces. Nothing here is imported unless a user asks for it."""

@@ -1,26 +1,25 @@
-"""EPSANet under torchvision's detectors: an FPN backbone, Faster R-CNN, RetinaNet and Mask R-CNN.
+"""EPSANet as backbone of torchvision's detectors Faster R-CNN, RetinaNet and Mask R-CNN.
 
     from epsanet_fused.integrations.torchvision import fasterrcnn_epsanet50_fpn
 
     model = fasterrcnn_epsanet50_fpn(num_classes=3, weights_backbone="epsanet50.pth.tar")
 
-The detectors are torchvision's own classes and take and return what those do. The defaults are the
-setting of the published results (arXiv 2105.14447, table 4): stem and first stage frozen, the
-norms' statistics frozen, RetinaNet's P6 made from C5. What is published for EPSANet-50 and the 80
-categories of COCO are mmdetection's counts of trainable parameters; ours, with the background as
-one class more, ``num_classes=81``, are within 0.15 % of them:
+The detectors are instances of torchvision's classes, with the same inputs and outputs. The defaults
+are the setting of the published results (arXiv 2105.14447, table 4): stem, first stage and the
+norms' statistics are frozen, and RetinaNet's P6 is computed from C5. The paper gives mmdetection's
+counts of trainable parameters for EPSANet-50 and COCO's 80 categories. The counts of this module,
+with the background as a further class (``num_classes=81``), are within 0.15 % of them:
 
 ============  ==========  ==========  =====================================================
-detector      published   ours        ours less mmdetection's
+detector      published   here        here minus mmdetection's
 ============  ==========  ==========  =====================================================
 Faster R-CNN  38.56 M     38,515,548  -50,176 of norms, +4,100 of box regression
 Mask R-CNN    41.20 M     41,159,085  -50,176, +4,100, +257 of the mask classifier
 RetinaNet     34.78 M     34,747,829  -50,176, +20,745 of the classifier
 ============  ==========  ==========  =====================================================
 
-mmdetection trains the norms' weights and biases, which are buffers of ``FrozenBatchNorm2d``; and
-these classes of torchvision's have box deltas, a mask and (RetinaNet) nine logits for the
-background, too.
+mmdetection trains the norms' weights and biases, which are buffers in ``FrozenBatchNorm2d``.
+torchvision's classes also predict box deltas, a mask and nine logits (RetinaNet) for background.
 """
 
 from __future__ import annotations
@@ -49,9 +48,10 @@ StrPath = str | os.PathLike[str]
 
 
 class FrozenBatchNorm2d(_FrozenBatchNorm2d):
-    """torchvision's, in the dtype of its input, which under autocast torchvision's is not."""
+    """torchvision's ``FrozenBatchNorm2d`` with an output in the input's dtype, also in autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) with the frozen statistics."""
         return super().forward(x).to(x.dtype)
 
 
@@ -68,30 +68,32 @@ def epsanet_fpn_backbone(
     returned_layers: Sequence[int] = (1, 2, 3, 4),
     extra_blocks: ExtraFPNBlock | None = None,
 ) -> BackboneWithFPN:
-    """An EPSANet with a feature pyramid on top, as torchvision's ``resnet_fpn_backbone``.
+    """Build an EPSANet with a feature pyramid, like torchvision's ``resnet_fpn_backbone``.
 
     Args:
         arch: "epsanet50", "epsanet101", "epsanet50_large" or "epsanet101_large".
-        weights: an ImageNet checkpoint, in any layout that ``ef.load_checkpoint`` reads; its
-            classifier, of whatever width, is left out. None: random weights, for which to freeze
-            nothing and to pass ``norm_layer=nn.BatchNorm2d``.
-        norm_layer: of the network; the pyramid has none. A norm with statistics of its own keeps
-            updating them in training, also in frozen stages.
-        trainable_layers: how many stages to train, counted from the last: 0 to 5, where 5 is all
-            four and the stem. The published 3 leaves the stem and ``layer1`` frozen.
-        returned_layers: which stages, 1 to 4 and ascending, go into the pyramid.
-        extra_blocks: makes further levels; None means ``LastLevelMaxPool``.
+        weights: the path of an ImageNet checkpoint in any layout that ``ef.load_checkpoint`` reads;
+            its classifier is ignored. None for random weights: then pass ``trainable_layers=5`` and
+            ``norm_layer=nn.BatchNorm2d``, because frozen random layers can't learn.
+        norm_layer: maps a channel count to a norm module of the network; the pyramid has no norms.
+            ``nn.BatchNorm2d`` updates its statistics in training, also in frozen stages.
+        trainable_layers: the number of stages to train, counted from the last, 0 to 4; 5 also
+            trains the stem. The published 3 freezes the stem and ``layer1``.
+        returned_layers: the stages, 1 to 4 in ascending order, that the pyramid uses.
+        extra_blocks: computes further levels; None for ``LastLevelMaxPool``.
 
     Returns:
-        A module with ``out_channels`` 256, that maps images (B, 3, H, W) to an ordered dict of
+        A module with ``out_channels`` 256 that maps images (B, 3, H, W) to an ordered dict of
         (B, 256, H / s, W / s): "0", "1", ... with the strides s = 4, 8, 16, 32 of the returned
-        layers, then the levels of ``extra_blocks``: "pool", of stride 64, by default. The network
-        is its ``body``, with the names of ``ef.EPSANet``.
+        layers, then the levels of ``extra_blocks``, by default "pool" with stride 64. Its ``body``
+        is the network, with the parameter names of ``ef.EPSANet``.
 
     Raises:
-        TypeError, ValueError: if an argument isn't one of these, or the weights don't fit.
+        TypeError: if ``weights`` isn't a path, or ``extra_blocks`` isn't an ``ExtraFPNBlock``.
+        ValueError: if another argument is out of range, or the weights don't fit.
+        OSError: if the checkpoint can't be opened.
     """
-    _check(arch, weights, trainable_layers, list(returned_layers))
+    _check_arguments(arch, weights, trainable_layers, list(returned_layers))
     # The classifier is dropped below.
     network = EPSANet(num_classes=1, norm_layer=norm_layer, **ARCHITECTURES[arch])
     if weights is not None:
@@ -107,15 +109,15 @@ def epsanet_fpn_backbone(
 
 
 def _load_trunk(network: EPSANet, path: StrPath) -> None:
-    """All of a checkpoint but the classifier; the network is changed only if all of that fits."""
+    """Load a checkpoint without its classifier; the network is unchanged if it doesn't fit."""
     state, _ = read_checkpoint(path)
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    check_fit(_needed(network.state_dict()), _needed(state), path)
+    check_fit(_required(network.state_dict()), _required(state), path)
     network.load_state_dict(state, strict=False)
 
 
-def _needed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the classifier, and without the count of batches, which frozen norms don't have."""
+def _required(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the classifier, and num_batches_tracked, which frozen norms don't have."""
     return {
         key: value
         for key, value in state.items()
@@ -123,7 +125,7 @@ def _needed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _check(
+def _check_arguments(
     arch: str, weights: StrPath | None, trainable_layers: int, returned_layers: list[int]
 ) -> None:
     if arch not in ARCHITECTURES:
@@ -161,20 +163,26 @@ def fasterrcnn_epsanet50_fpn(
     norm_layer: Callable[[int], nn.Module] = FrozenBatchNorm2d,
     **kwargs: Any,
 ) -> FasterRCNN:
-    """Faster R-CNN on an EPSANet with a feature pyramid (published: box AP 39.2 on COCO).
+    """Build Faster R-CNN on an EPSANet with a feature pyramid (published: box AP 39.2 on COCO).
 
     Args:
-        num_classes: the background, class 0, included: 91 for COCO's category ids as they are, 81
-            for the 80 of them that exist.
-        weights_backbone: the ``weights`` of ``epsanet_fpn_backbone``: an ImageNet checkpoint.
-        trainable_backbone_layers: the ``trainable_layers`` of ``epsanet_fpn_backbone``.
-        arch, norm_layer: see ``epsanet_fpn_backbone``.
-        **kwargs: of torchvision's ``FasterRCNN``: ``min_size``, ``box_score_thresh``, ...
+        num_classes: classes including the background, class 0: 91 for COCO's original category
+            ids, 81 for its 80 categories numbered from 1.
+        weights_backbone: path of an ImageNet checkpoint, the ``weights`` of
+            ``epsanet_fpn_backbone``.
+        trainable_backbone_layers: ``trainable_layers`` of ``epsanet_fpn_backbone``.
+        arch: see ``epsanet_fpn_backbone``.
+        norm_layer: see ``epsanet_fpn_backbone``.
+        **kwargs: arguments of torchvision's ``FasterRCNN``: ``min_size``, ``box_score_thresh``, ...
 
     Returns:
-        torchvision's ``FasterRCNN``: in training it maps a list of images (3, H, W) in 0 to 1 and
+        torchvision's ``FasterRCNN``. In training it maps a list of images (3, H, W) in [0, 1] and
         their targets, "boxes" (N, 4) as x1, y1, x2, y2 in pixels and "labels" (N,) in int64, to a
-        dict of losses; in evaluation, images to a list of dicts: "boxes", "labels", "scores".
+        dict of losses; in evaluation it maps images to a list of dicts with "boxes", "labels" and
+        "scores".
+
+    Raises:
+        TypeError, ValueError, OSError: see ``epsanet_fpn_backbone``.
     """
     backbone = epsanet_fpn_backbone(
         arch,
@@ -194,16 +202,22 @@ def maskrcnn_epsanet50_fpn(
     norm_layer: Callable[[int], nn.Module] = FrozenBatchNorm2d,
     **kwargs: Any,
 ) -> MaskRCNN:
-    """Mask R-CNN on an EPSANet with a feature pyramid (published: box AP 40.0, mask AP 35.9).
+    """Build Mask R-CNN on an EPSANet with a feature pyramid (published: box AP 40.0, mask AP 35.9).
 
     Args:
-        num_classes, weights_backbone, trainable_backbone_layers, arch, norm_layer: see
-            ``fasterrcnn_epsanet50_fpn``.
-        **kwargs: of torchvision's ``MaskRCNN``.
+        num_classes: see ``fasterrcnn_epsanet50_fpn``.
+        weights_backbone: see ``fasterrcnn_epsanet50_fpn``.
+        trainable_backbone_layers: see ``fasterrcnn_epsanet50_fpn``.
+        arch: see ``epsanet_fpn_backbone``.
+        norm_layer: see ``epsanet_fpn_backbone``.
+        **kwargs: arguments of torchvision's ``MaskRCNN``.
 
     Returns:
-        torchvision's ``MaskRCNN``: as Faster R-CNN, with "masks" in the targets, (N, H, W) in
-        uint8, and in the results, (N, 1, H, W) in 0 to 1.
+        torchvision's ``MaskRCNN``: like Faster R-CNN, with "masks" (N, H, W), uint8, in the
+        targets and "masks" (N, 1, H, W), in [0, 1], in the results.
+
+    Raises:
+        TypeError, ValueError, OSError: see ``epsanet_fpn_backbone``.
     """
     backbone = epsanet_fpn_backbone(
         arch,
@@ -223,18 +237,25 @@ def retinanet_epsanet50_fpn(
     norm_layer: Callable[[int], nn.Module] = FrozenBatchNorm2d,
     **kwargs: Any,
 ) -> RetinaNet:
-    """RetinaNet on an EPSANet with a feature pyramid (published: box AP 38.2 on COCO).
+    """Build RetinaNet on an EPSANet with a feature pyramid (published: box AP 38.2 on COCO).
 
-    The pyramid's P6 is made from C5, as published. (torchvision's ``retinanet_resnet50_fpn`` makes
-    it from P5, which takes 4.1 M parameters less.)
+    The pyramid's P6 is computed from C5, as published. torchvision's ``retinanet_resnet50_fpn``
+    computes it from P5, which needs 4.1 M parameters less.
 
     Args:
-        num_classes, weights_backbone, trainable_backbone_layers, arch, norm_layer: see
-            ``fasterrcnn_epsanet50_fpn``. Nothing is learnt for class 0, but as a label of objects.
-        **kwargs: of torchvision's ``RetinaNet``.
+        num_classes: see ``fasterrcnn_epsanet50_fpn``. RetinaNet has no background class, so class 0
+            is unused unless objects have this label.
+        weights_backbone: see ``fasterrcnn_epsanet50_fpn``.
+        trainable_backbone_layers: see ``fasterrcnn_epsanet50_fpn``.
+        arch: see ``epsanet_fpn_backbone``.
+        norm_layer: see ``epsanet_fpn_backbone``.
+        **kwargs: arguments of torchvision's ``RetinaNet``.
 
     Returns:
-        torchvision's ``RetinaNet``: targets and results are those of Faster R-CNN.
+        torchvision's ``RetinaNet``; targets and results are those of Faster R-CNN.
+
+    Raises:
+        TypeError, ValueError, OSError: see ``epsanet_fpn_backbone``.
     """
     backbone = epsanet_fpn_backbone(
         arch,

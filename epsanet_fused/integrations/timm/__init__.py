@@ -1,4 +1,4 @@
-"""EPSANet among timm's models.
+"""EPSANet as models of timm.
 
     import timm
     import epsanet_fused.integrations.timm  # registers the models
@@ -6,14 +6,15 @@
     model = timm.create_model("epsanet50", num_classes=10)
     backbone = timm.create_model("epsanet50", features_only=True, out_indices=(1, 2, 3, 4))
 
-timm's scripts don't import what registers models elsewhere; this does, and then runs them:
+timm's own scripts don't import packages that register models. Run them through this module, which
+registers the models first:
 
     python -m epsanet_fused.integrations.timm train.py /data --model epsanet50
     torchrun --nproc_per_node 2 -m epsanet_fused.integrations.timm train.py /data --model epsanet50
 """
 
 try:
-    import timm as _timm  # noqa: F401  looked for by itself: what it lacks is another error
+    import timm as _timm  # noqa: F401  imported separately to tell "no timm" from its own errors
 except ModuleNotFoundError as error:
     if error.name != "timm":
         raise

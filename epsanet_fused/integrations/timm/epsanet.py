@@ -1,6 +1,9 @@
-"""EPSANet as timm has its models: https://huggingface.co/docs/timm/en/feature_extraction."""
+"""EPSANet with the methods of timm's models, and their registration.
 
-# Annotations are types here, not strings: a traced model is compiled by TorchScript with them.
+The conventions are timm's: https://huggingface.co/docs/timm/en/feature_extraction.
+"""
+
+# No "from __future__ import annotations": TorchScript can't resolve annotations that are strings.
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,23 +36,28 @@ POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class EPSANet(epsanet.EPSANet):
-    """``epsanet_fused.EPSANet`` with the methods of timm's models; the same state_dict keys.
+    """``epsanet_fused.EPSANet`` with the methods of timm's models and the same state_dict keys.
 
     Args:
-        block, layers: as for ``epsanet_fused.EPSANet``.
-        num_classes: the width of the classifier; 0 for none.
+        block: the class of the blocks, see ``epsanet_fused.EPSANet``.
+        layers: the number of blocks in each of the four stages.
+        num_classes: outputs of the classifier; 0 for no classifier.
         in_chans: channels of the images.
-        global_pool: "avg", "max", "avgmax" or "catavgmax", or timm's other way to compute it,
-            "fastavg" and so on; "" for none.
-        drop_rate: the share of features before the classifier that are dropped in training.
-        drop_path_rate: the share of samples for which the last block is skipped in training; it
-            rises from 0 in the first.
-        norm_layer: makes a normalisation from a channel count, or is timm's name of one.
-        device, dtype: where, and in which dtype, the parameters are made.
-        **options: ``planes``, ``conv_kernels``, ``conv_groups``, ``reduction`` and ``fused``, as
-            for ``epsanet_fused.EPSANet``.
+        global_pool: "avg", "max", "avgmax" or "catavgmax", each optionally with the prefix "fast"
+            (another implementation in timm), or "" for no pooling.
+        drop_rate: probability of dropout before the classifier.
+        drop_path_rate: probability of skipping the last block in training (stochastic depth); for
+            the other blocks it decreases linearly to 0 for the first.
+        norm_layer: maps a channel count to a norm module, or is timm's name of a norm.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        **options: ``planes``, ``conv_kernels``, ``conv_groups``, ``reduction`` and ``fused``, see
+            ``epsanet_fused.EPSANet``.
 
     Shape: images (B, in_chans, H, W) -> logits (B, num_classes).
+
+    Raises:
+        ValueError: if ``global_pool`` or the name ``norm_layer`` is unknown.
     """
 
     def __init__(
@@ -85,14 +93,23 @@ class EPSANet(epsanet.EPSANet):
             for i, (width, module) in enumerate(zip(widths, ("relu", *STAGES), strict=True), 1)
         ]
         self.num_features = widths[-1]
-        del self.avgpool  # global_pool, which comes with the classifier, takes its place
+        del self.avgpool  # reset_classifier creates global_pool in its place
         self.reset_classifier(num_classes, global_pool)
 
     def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """Return the classifier, or its name "fc"."""
         return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of ``num_classes``, 0 for none; the pooling stays if it is None."""
+        """Replace the classifier and the pooling.
+
+        Args:
+            num_classes: outputs of the new classifier; 0 for no classifier.
+            global_pool: see the class; None keeps the kind of pooling.
+
+        Raises:
+            ValueError: if ``global_pool`` is unknown; the model is unchanged then.
+        """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         if not isinstance(pool, str) or pool.removeprefix("fast") not in POOLS:
             raise ValueError(f"EPSANet: global_pool must be one of {POOLS}, got {pool!r}")
@@ -102,19 +119,24 @@ class EPSANet(epsanet.EPSANet):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the backward computes the inside of each block again instead of keeping it.
+        """Switch activation checkpointing: the backward pass runs each block again.
 
-        In training it moves the norms' running statistics twice, as in all of timm's networks.
+        In training this updates the norms' running statistics twice a step, as in timm's other
+        networks.
         """
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """The parameters' layers for a decay by layer: the stem, then stages or blocks."""
+        """Return regular expressions that group parameters by layer, for layer-wise decay.
+
+        Args:
+            coarse: group by stage instead of by block.
+        """
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
         return {"stem": r"^conv1|^bn1", "blocks": blocks}
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> features (B, num_features, H / 32, W / 32)."""
+        """Compute features (B, num_features, H / 32, W / 32) of images (B, in_chans, H, W)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             stages = [self.layer1, self.layer2, self.layer3, self.layer4]
@@ -122,12 +144,18 @@ class EPSANet(epsanet.EPSANet):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits (B, num_classes), or what goes into fc: (B, head_hidden_size)."""
+        """Compute logits (B, num_classes) of the features that ``forward_features`` returns.
+
+        Args:
+            x: features (B, num_features, H, W).
+            pre_logits: return the classifier's input (B, head_hidden_size) instead.
+        """
         x = self.global_pool(x)
         x = F.dropout(x, float(self.drop_rate), self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute logits (B, num_classes) of images (B, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -139,15 +167,22 @@ class EPSANet(epsanet.EPSANet):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The features, and with them those taken at ``feature_info``'s five places.
+        """Compute the features and the intermediates, the outputs of ``feature_info``'s modules.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: which of the five; an int for as many of the last ones, None for all.
-            norm: there is no last norm to apply; it makes no difference.
-            stop_early: leave out the stages behind the last index.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone.
+            indices: the intermediates to return, 0 to 4; an int n for the last n, None for all.
+            norm: no effect, because the network has no final norm.
+            stop_early: don't run the stages after the last index.
+            output_fmt: must be "NCHW".
+            intermediates_only: return only the list of intermediates.
+
+        Returns:
+            The output of the last stage that was run, and the list of intermediates: with strides
+            2, 4, 8, 16 and 32, each (B, num_chs, H / stride, W / stride).
+
+        Raises:
+            ValueError: if ``output_fmt`` isn't "NCHW".
         """
         if output_fmt != "NCHW":
             raise ValueError(
@@ -170,7 +205,16 @@ class EPSANet(epsanet.EPSANet):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove what ``forward_intermediates(x, indices)`` doesn't need; returns the indices."""
+        """Remove the modules that ``forward_intermediates(x, indices)`` doesn't need.
+
+        Args:
+            indices: see ``forward_intermediates``.
+            prune_norm: no effect, because the network has no final norm.
+            prune_head: remove the pooling and the classifier, also if the last stage remains.
+
+        Returns:
+            The indices of the intermediates that remain.
+        """
         taken, last = feature_take_indices(5, indices)
         for name in STAGES[last:]:
             setattr(self, name, nn.Sequential())
@@ -194,7 +238,7 @@ def _norm_layer(given: NormLayer | str | None) -> NormLayer | None:
 
 
 def _default_cfg() -> dict[str, Any]:
-    """The preprocessing of the paper's evaluation; no weights were ever published."""
+    """Return timm's configuration: the paper's preprocessing, and no published weights."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -214,30 +258,36 @@ default_cfgs = generate_default_cfgs({name: _default_cfg() for name in ARCHITECT
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    # TorchScript can't compile the operator's Python front.
+    # TorchScript can't compile the operator's Python function.
     options = ARCHITECTURES[name] | {"fused": not is_scriptable()} | options
     return build_model_with_cfg(EPSANet, name, pretrained, **options)
 
 
 @register_model
 def epsanet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """EPSANet-50 (Small): 22,561,715 parameters."""
+    """Build EPSANet-50 (Small) with 22,561,715 parameters; kwargs as for ``EPSANet``."""
     return _create("epsanet50", pretrained, kwargs)
 
 
 @register_model
 def epsanet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """EPSANet-101 (Small): 38,900,279 parameters."""
+    """Build EPSANet-101 (Small) with 38,900,279 parameters; kwargs as for ``EPSANet``."""
     return _create("epsanet101", pretrained, kwargs)
 
 
 @register_model
 def epsanet50_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """EPSANet-50 (Large), as ``epsanet_fused.epsanet50_large`` reads it: 27,899,518 parameters."""
+    """Build EPSANet-50 (Large) with 27,899,518 parameters; kwargs as for ``EPSANet``.
+
+    See ``epsanet_fused.epsanet50_large`` for how this package interprets the paper's Large.
+    """
     return _create("epsanet50_large", pretrained, kwargs)
 
 
 @register_model
 def epsanet101_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """EPSANet-101 (Large), as ``epsanet_fused.epsanet50_large`` reads it: 49,592,198 parameters."""
+    """Build EPSANet-101 (Large) with 49,592,198 parameters; kwargs as for ``EPSANet``.
+
+    See ``epsanet_fused.epsanet50_large`` for how this package interprets the paper's Large.
+    """
     return _create("epsanet101_large", pretrained, kwargs)
