@@ -1,4 +1,4 @@
-"""A plugin for pytest: to tests that list timm's models, EPSANet's are all there are."""
+"""A plugin for pytest that makes timm.list_models return the EPSANets only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _list_models = timm.list_models
 
 
 def list_models(filter: Any = "", module: Any = "", *args: Any, **options: Any) -> list[str]:
-    """As timm's, but for ``module``, by which its tests say which of its models have a feature."""
+    """Call timm's function and keep the EPSANets.
+
+    ``module`` is ignored: timm's tests pass the modules of the models that support a feature.
+    """
     return [name for name in _list_models(filter, "", *args, **options) if name in ARCHITECTURES]
 
 

@@ -1,4 +1,4 @@
-"""A model compiled ahead of time runs in a process that has never seen its code."""
+"""An AOTInductor package of the fused module runs in another process with the same numbers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ print("epsanet_fused" in sys.modules)
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_an_aotinductor_package_runs_in_another_process(backend: str, tmp_path: Path) -> None:
-    """With the operator it needs this package there; exported by "reference" it needs none."""
+    """A package with the operator needs epsanet_fused there; one by "reference" doesn't."""
     model, x = module()
     with ef.use_backend(backend):
         program = exported(model, x)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Inductor
+        warnings.simplefilter("ignore")  # Inductor's own warnings
         package = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "model.pt2")
         )
@@ -42,13 +42,8 @@ def test_an_aotinductor_package_runs_in_another_process(backend: str, tmp_path: 
     with torch.no_grad():
         torch.save((inputs, [model(t) for t in inputs]), tmp_path / "cases.pt")
     first = "import epsanet_fused" if backend == "auto" else ""
-    command = [
-        sys.executable,
-        "-c",
-        RUN_PACKAGE.format(first=first),
-        package,
-        tmp_path / "cases.pt",
-    ]
+    code = RUN_PACKAGE.format(first=first)
+    command = [sys.executable, "-c", code, package, tmp_path / "cases.pt"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(backend == "auto")]

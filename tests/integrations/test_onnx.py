@@ -1,4 +1,4 @@
-"""ONNX files of standard operators alone, which onnxruntime runs to the same numbers."""
+"""Exported ONNX files have standard operators only, and onnxruntime gives the same numbers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 
 
 def check(path: Path, model: nn.Module, x: torch.Tensor) -> None:
+    """Check a file's operators, and its outputs for inputs of several sizes."""
     onnx.checker.check_model(path, full_check=True)
     proto = onnx.load(path)
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
@@ -41,8 +42,9 @@ def export(model: object, x: torch.Tensor, path: Path, dynamo: bool = True) -> N
         else {"dynamic_axes": {"x": {0: "B", 2: "H", 3: "W"}}, "input_names": ["x"]}
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the older exporter, and inside
-        warnings.simplefilter("ignore", FutureWarning)  # of the newer one, inside
+        # The exporters' own warnings.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         if x.is_contiguous(memory_format=torch.channels_last):
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
@@ -51,15 +53,15 @@ def export(model: object, x: torch.Tensor, path: Path, dynamo: bool = True) -> N
 
 @each_case
 @pytest.mark.parametrize("dynamo", [True, False], ids=["by torch.export", "by TorchScript"])
-def test_a_model_becomes_onnx(case: str, dynamo: bool, tmp_path: Path) -> None:
+def test_a_model_exports_to_onnx(case: str, dynamo: bool, tmp_path: Path) -> None:
     model, x = CASES[case]()
     export(model, x, tmp_path / "model.onnx", dynamo)
     check(tmp_path / "model.onnx", model, x)
 
 
 @each_case
-def test_an_exported_program_becomes_onnx(case: str, tmp_path: Path) -> None:
-    """If it was made without the operator."""
+def test_an_exported_program_exports_to_onnx(case: str, tmp_path: Path) -> None:
+    """The program must be exported by the reference backend, without the operator."""
     model, x = CASES[case]()
     with ef.use_backend("reference"):
         program = torch.export.export(model, (x,), dynamic_shapes=DYNAMIC)
@@ -69,12 +71,12 @@ def test_an_exported_program_becomes_onnx(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dynamo", [True, False], ids=["by torch.export", "by TorchScript"])
-def test_a_fused_model_of_somebody_else_becomes_onnx(
+def test_a_fused_model_of_another_package_exports_to_onnx(
     name: str, dynamo: bool, tmp_path: Path
 ) -> None:
     model, x, order, _ = holder(name)
     ef.fuse(model, order=order)
-    # An input of a graph may not be written over, as one of the variants does.
+    # ReLU gives a new tensor: one variant modifies its input, which a graph's input forbids.
     model = nn.Sequential(nn.ReLU(), model).eval()
     export(model, x, tmp_path / "model.onnx", dynamo)
     check(tmp_path / "model.onnx", model, x)

@@ -1,4 +1,4 @@
-"""EPSANet is one of timm's models: built, taken apart and loaded as all others are."""
+"""timm builds, changes, loads and exports EPSANet as it does its own models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**options: Any) -> nn.Module:
-    """One block a stage."""
+    """Build a network with one block a stage."""
     return timm.create_model("epsanet50", **{"layers": (1, 1, 1, 1), "num_classes": 5} | options)
 
 
@@ -43,7 +43,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def trained(images: Tensor) -> nn.Module:
-    """In eval mode; to be left as it is."""
+    """A calibrated network in eval mode; tests must not change it."""
     torch.manual_seed(0)
     return calibrate(small(), images)
 
@@ -84,7 +84,7 @@ def test_a_state_dict_goes_both_ways(images: Tensor) -> None:
 
 
 def test_preprocessing_is_the_papers() -> None:
-    """Resize to 256 and crop 224 from the middle, with the mean and deviation of ImageNet."""
+    """Resize to 256 and crop 224 from the centre, with ImageNet's mean and standard deviation."""
     config = resolve_data_config(model=timm.create_model("epsanet50", device="meta"))
     assert config["input_size"] == (3, 224, 224)
     assert round(224 / config["crop_pct"]) == 256
@@ -94,10 +94,9 @@ def test_preprocessing_is_the_papers() -> None:
 
 
 def test_options_reach_the_modules() -> None:
-    model = small(
-        in_chans=2, conv_kernels=(1, 3, 5, 7), conv_groups=(1, 2, 4, 8), reduction=4,
-        norm_layer="groupnorm", fused=False, device="meta", dtype=torch.bfloat16,
-    )  # fmt: skip
+    convolutions = {"in_chans": 2, "conv_kernels": (1, 3, 5, 7), "conv_groups": (1, 2, 4, 8)}
+    others = {"reduction": 4, "norm_layer": "groupnorm", "fused": False}
+    model = small(**convolutions, **others, device="meta", dtype=torch.bfloat16)
     psa = model.layer2[0].conv2
     convs = [psa.conv_1, psa.conv_2, psa.conv_3, psa.conv_4]
     assert [conv.kernel_size[0] for conv in convs] == [1, 3, 5, 7]
@@ -144,7 +143,7 @@ def test_global_pool(model: nn.Module, images: Tensor, pool: str, expected: Any)
     model.reset_classifier(0, pool)
     pooled = model.forward_head(features, pre_logits=True)
     torch.testing.assert_close(pooled, expected(features))
-    assert torch.equal(model(images), pooled)  # there is no classifier
+    assert torch.equal(model(images), pooled)  # without a classifier
     assert pooled.shape[1] == model.head_hidden_size
     made = small(num_classes=7 if pool else 0, global_pool=pool).eval()
     assert made(images).shape == ((3, 7) if pool else features.shape)
@@ -171,15 +170,17 @@ def test_a_new_classifier(model: nn.Module, images: Tensor) -> None:
 
 @pytest.mark.parametrize("pool", ["median", "fastmedian", 3])
 def test_an_unknown_pooling_changes_nothing(trained: nn.Module, pool: Any) -> None:
-    before = trained.global_pool, trained.fc, trained.num_classes, trained.head_hidden_size
+
+    def head() -> tuple[Any, ...]:
+        return trained.global_pool, trained.fc, trained.num_classes, trained.head_hidden_size
+
+    before = head()
     with pytest.raises(ValueError, match=f"global_pool must be one of .*, got {pool!r}"):
         trained.reset_classifier(9, pool)
-    assert before == (
-        trained.global_pool, trained.fc, trained.num_classes, trained.head_hidden_size,
-    )  # fmt: skip
+    assert head() == before
 
 
-def test_drop_path_skips_blocks_in_training_the_last_most_often(images: Tensor) -> None:
+def test_drop_path_skips_blocks_in_training_with_linear_rates(images: Tensor) -> None:
     model = small(drop_path_rate=0.5)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2])
@@ -189,7 +190,7 @@ def test_drop_path_skips_blocks_in_training_the_last_most_often(images: Tensor) 
     with torch.no_grad():
         assert torch.equal(model.eval()(images), plain.eval()(images))
         block = model.layer4[0].train()
-        block.drop_path.drop_prob = 1 - 1e-9  # as good as always
+        block.drop_path.drop_prob = 1 - 1e-9  # the block is always skipped
         features = torch.rand(2, 1024, 4, 4)
         torch.testing.assert_close(block(features), F.relu(block.downsample(features)))
 
@@ -203,8 +204,8 @@ def test_drop_rate_is_for_training(images: Tensor) -> None:
     assert model.eval().forward_head(features, pre_logits=True).unique().tolist() == [1.0]
 
 
-def test_grad_checkpointing_computes_blocks_again(model: nn.Module, images: Tensor) -> None:
-    model.double().eval()  # a training norm would move its statistics twice
+def test_grad_checkpointing_runs_blocks_again(model: nn.Module, images: Tensor) -> None:
+    model.double().eval()  # in training the norms' statistics would be updated twice
     calls = []
     for block in (model.layer1[0], model.layer4[0]):
         block.conv3.register_forward_hook(lambda *_: calls.append(1))
@@ -236,7 +237,7 @@ def test_groups_for_layer_decay() -> None:
 
 @torch.no_grad()
 def taps(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What comes out at the five places, step by step."""
+    """Compute the five intermediates module by module."""
     x = model.relu(model.bn1(model.conv1(images)))
     found = [x]
     x = model.maxpool(x)
@@ -290,6 +291,7 @@ def test_prune_intermediate_layers(model: nn.Module, images: Tensor, index: int)
 
 
 def official(model: nn.Module) -> dict[str, Any]:
+    """Return a checkpoint in the official layout."""
     state = {f"module.{k}": v for k, v in model.state_dict().items()}
     return {"epoch": 1, "arch": "epsanet50", "state_dict": state, "best_prec1": torch.tensor(77.49)}
 
@@ -315,7 +317,7 @@ def test_weights_adapt_to_other_classes_and_channels(trained: nn.Module, tmp_pat
     assert gray.fc.out_features == 9
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # what is asked for here
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # this test uses it
 @torch.no_grad()
 def test_a_scripted_model_needs_no_package(
     trained: nn.Module, images: Tensor, tmp_path: Path
@@ -333,13 +335,13 @@ def test_a_scripted_model_needs_no_package(
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), trained(images))
 
 
-def test_it_compiles_in_one_graph(model: nn.Module, images: Tensor) -> None:
+def test_the_model_compiles_in_one_graph(model: nn.Module, images: Tensor) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images))
 
 
 @torch.no_grad()
-def test_rewritten_for_inference_it_is_the_same(trained: nn.Module, images: Tensor) -> None:
+def test_rewrites_for_inference_keep_the_numbers(trained: nn.Module, images: Tensor) -> None:
     fast = all_on(images, trained)
     assert any(isinstance(m, PlannedBlock) for m in fast.modules())
     assert_same(trained, fast, images)
@@ -352,18 +354,19 @@ def test_rewritten_for_inference_it_is_the_same(trained: nn.Module, images: Tens
 
 
 def imported_without(package: str, statement: str) -> subprocess.CompletedProcess[str]:
+    """Run a statement in a new process in which a package can't be imported."""
     code = f"import sys; sys.modules[{package!r}] = None; {statement}"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
 
 
-def test_without_timm_it_says_what_to_install() -> None:
+def test_without_timm_the_error_names_the_package() -> None:
     done = imported_without("timm", "import epsanet_fused.integrations.timm")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "ImportError: epsanet_fused.integrations.timm needs timm: pip install timm"
     )
     other = imported_without("torchvision", "import epsanet_fused.integrations.timm")
-    assert "torchvision" in other.stderr.splitlines()[-1]  # timm itself is there
+    assert "torchvision" in other.stderr.splitlines()[-1]  # not timm: timm itself is installed
     assert imported_without("timm", "import epsanet_fused; epsanet_fused.epsanet50").returncode == 0

@@ -1,4 +1,4 @@
-"""Scripts that know timm alone, run with EPSANet registered: in real processes, on real images."""
+"""python -m epsanet_fused.integrations.timm runs timm scripts with the EPSANets registered."""
 
 from __future__ import annotations
 
@@ -22,12 +22,18 @@ TRAINING = Path(__file__).resolve().parent / "timm_training.py"
 
 def python(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> str:
+    """Run Python to success and return its stdout."""
     done = python(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -35,7 +41,7 @@ def run(*arguments: str | Path, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageFolder of scanned digits: 8 of each for training, 4 for validation."""
+    """An ImageFolder of scanned digits: 8 images of each for training, 4 for validation."""
     root = tmp_path_factory.mktemp("digits")
     digits = load_digits()
     for label in range(10):
@@ -51,7 +57,7 @@ def results(out: Path, rank: int = 0) -> dict[str, Any]:
     return json.loads((out / f"{rank}.json").read_text())
 
 
-def test_a_training_that_is_resumed_ends_as_one_that_is_not(data: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_gives_the_same_result(data: Path, tmp_path: Path) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
     for out in (once, twice):
         out.mkdir()
@@ -77,12 +83,12 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
     run(*torchrun, *RUNNER, TRAINING, data, tmp_path, 1)
     one, other = results(tmp_path, 0), results(tmp_path, 1)
     assert (one["rank"], other["rank"], one["world_size"]) == (0, 1, 2)
-    assert one["losses"] != other["losses"]  # each has images of its own
+    assert one["losses"] != other["losses"]  # the processes have different images
     assert len(one["losses"]) == len(other["losses"]) == 2
     assert one["total"] == other["total"]
 
 
-SEES = """
+REPORT = """
 import importlib.util, json, sys
 main = sys.modules["__main__"]
 print(json.dumps({
@@ -93,15 +99,15 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("safe_path", ["", "1"])
-def test_a_script_sees_what_python_would_show_it(
+def test_a_script_runs_as_with_plain_python(
     safe_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", safe_path)
     folder = tmp_path / "scripts"
     folder.mkdir()
-    (folder / "sees.py").write_text(SEES)
+    (folder / "report.py").write_text(REPORT)
     (folder / "neighbour.py").write_text("")
-    arguments = ("scripts/sees.py", "--model", "x", "--", "-h")
+    arguments = ("scripts/report.py", "--model", "x", "--", "-h")
     found = json.loads(run(*RUNNER, *arguments, cwd=tmp_path))
     expected = json.loads(run(*arguments, cwd=tmp_path))
     assert Path(tmp_path, found["argv"].pop(0)) == Path(tmp_path, expected["argv"].pop(0))
@@ -129,19 +135,19 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_of_a_script_take_models_and_load_data(tmp_path: Path) -> None:
+def test_child_processes_of_a_script_know_the_models(tmp_path: Path) -> None:
     script = tmp_path / "children.py"
     script.write_text(CHILDREN)
     expected = ["fork 2 True [0, 1, 2, 3]", "spawn 2 True [0, 1, 2, 3]"]
     assert run(*RUNNER, script).splitlines() == expected
 
 
-def test_a_script_ends_as_it_will(tmp_path: Path) -> None:
+def test_the_exit_status_is_the_scripts(tmp_path: Path) -> None:
     script = tmp_path / "ends.py"
     script.write_text("import sys, epsanet_fused.integrations.timm; sys.exit(7)")
     done = python("-W", "always", *RUNNER, script)
     assert done.returncode == 7
-    assert "Overwriting" not in done.stderr  # timm says so of models that are registered twice
+    assert "Overwriting" not in done.stderr  # timm's warning about models that are registered twice
     script.write_text("1 / 0")
     done = python(*RUNNER, script)
     assert done.returncode == 1

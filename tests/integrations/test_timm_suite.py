@@ -1,7 +1,7 @@
-"""timm's own tests of its models, the file of its source archive as it is, run on EPSANet.
+"""EPSANet passes timm's own tests of its models, unchanged, from timm's source archive.
 
-What isn't run is what its tests have for other models: those that name one, the transformers'
-(``default_cfgs_non_std``), and those that download weights.
+Not run: the tests that name another model, the transformers' tests (``default_cfgs_non_std``) and
+the tests that download weights.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ TESTS = {
     "test_model_backward_fx",
     "test_model_forward_fx_torchscript",
 }
-# By these timm's tests leave models out on their CI, or go elsewhere.
-FOREIGN = ("GITHUB_ACTIONS", "PYTEST_ADDOPTS", "TORCH_BACKEND", "TORCH_DEVICE")
+# Environment variables with which timm's tests skip models or use another device.
+UNSET = ("GITHUB_ACTIONS", "PYTEST_ADDOPTS", "TORCH_BACKEND", "TORCH_DEVICE")
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """By model and test: "passed", or what else became of it."""
+    """The result of each model and test: "passed", "failure", "error" or "skipped"."""
     folder = tmp_path_factory.mktemp("suite")
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    env = {k: v for k, v in os.environ.items() if k not in FOREIGN} | {"PYTHONPATH": path}
+    env = {k: v for k, v in os.environ.items() if k not in UNSET} | {"PYTHONPATH": path}
     options = [
         *("-c", SOURCES / "pyproject.toml", "--rootdir", SOURCES, "--import-mode", "importlib"),
         *("-p", "only_epsanet", "-p", "no:cacheprovider", "-k", "epsanet"),
@@ -50,12 +50,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     ]
     command = [sys.executable, "-m", "pytest", SOURCES / "tests" / "test_models.py", *options]
     done = subprocess.run(
-        [str(part) for part in command], cwd=folder, env=env | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=580, check=False,
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=folder,
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
     report = folder / "report.xml"
     assert report.exists(), done.stdout + done.stderr
-    print(done.stdout)  # pytest shows it with a test that fails
+    print(done.stdout)  # pytest shows it if a test fails
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for case in ElementTree.parse(report).iter("testcase"):
         test, _, parameters = case.attrib["name"].removesuffix("]").partition("[")
@@ -68,7 +73,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_timms_tests_pass(name: str, outcomes: dict[str, dict[str, str]]) -> None:
-    """All of them: none fails, and none is skipped."""
+    """None of the tests fails or is skipped."""
     assert {test: outcomes[name].get(test) for test in TESTS} == dict.fromkeys(TESTS, "passed")
     assert set(outcomes[name].values()) == {"passed"}, outcomes[name]
 

@@ -1,4 +1,4 @@
-"""EPSANet under torchvision's detectors."""
+"""torchvision's detectors train and detect with EPSANet as their backbone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trainable(model: nn.Module) -> int:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ef.EPSANet, Path]:
-    """A network and its file in the official layout; its norms are as in a trained one."""
+    """A network with norms as in a trained one, and its checkpoint in the official layout."""
     path = tmp_path_factory.mktemp("weights") / "epsanet50.pth.tar"
     return write_backbone(path), path
 
@@ -57,7 +57,7 @@ def weights(trained: tuple[ef.EPSANet, Path]) -> Path:
 
 
 def scene() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Two images of unlike sizes: a bright and a dark rectangle in the first, then a disc."""
+    """Return two images and their targets: a bright and a dark rectangle; a disc."""
     generator = torch.Generator().manual_seed(1)
     first, second = (0.3 + 0.1 * torch.rand(3, h, w, generator=generator) for h, w in SIZES)
     masks = torch.zeros(2, *SIZES[0], dtype=torch.uint8)
@@ -80,7 +80,10 @@ def scene() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 def build_small(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    """For small images, with few proposals and, the heads being untrained, all of their results."""
+    """Build a detector for small images, with few proposals and no threshold of the scores.
+
+    The heads are untrained: a threshold would drop all detections.
+    """
     if build is retinanet_epsanet50_fpn:
         options |= {"score_thresh": 0.0, "detections_per_img": 20}
     else:
@@ -89,7 +92,7 @@ def build_small(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
     return build(num_classes=3, min_size=SIDE, max_size=128, **options)
 
 
-# What mmdetection counts, exactly, and what the differences are that the docstring names.
+# The differences from mmdetection's counts that the module's docstring names.
 NORMS = 50_176  # weights and biases of the norms in the three stages that are trained
 BACKGROUND_BOX = 4 * 1024 + 4
 BACKGROUND_MASK = 256 + 1
@@ -154,7 +157,7 @@ def test_features_are_those_of_the_network(network: ef.EPSANet, weights: Path) -
         ):
             x = stage(x)
             torch.testing.assert_close(features[str(level)], x, rtol=1e-4, atol=1e-4)
-    assert x.std() > 0.1  # nothing has died out
+    assert x.std() > 0.1  # the activations haven't vanished
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_trainable_layers(layers: int, names: set[str]) -> None:
 
 @every_detector
 def test_training(build: Callable[..., nn.Module], weights: Path) -> None:
-    """Losses fall; what is frozen stays as it was, norms and all, and the rest moves."""
+    """The loss falls; frozen layers and norms stay unchanged, and all other parameters change."""
     torch.manual_seed(0)
     model = build_small(build, weights_backbone=weights).train()
     before = copy.deepcopy(model.state_dict())
@@ -185,8 +188,7 @@ def test_training(build: Callable[..., nn.Module], weights: Path) -> None:
     images, targets = scene()
     losses = []
     for _ in range(6):
-        parts = model(images, targets)
-        loss = sum(parts.values())
+        loss = sum(model(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -201,13 +203,13 @@ def test_training(build: Callable[..., nn.Module], weights: Path) -> None:
         is_norm = name.rpartition(".")[0] in norms
         if name.startswith(frozen) or is_norm:
             assert torch.equal(value, before[name]), name
-        elif value.any():  # not a bias at zero whose gradient is zero, too
+        elif value.any():  # a bias of 0 may have a zero gradient
             assert not torch.equal(value, before[name]), name
 
 
 @every_detector
 def test_evaluation(build: Callable[..., nn.Module], weights: Path) -> None:
-    """Boxes within the images, masks of their sizes, the same again from a state_dict."""
+    """Boxes lie within the images, masks have their sizes, and a state_dict gives the same."""
     model = build_small(build, weights_backbone=weights).eval()
     images, _ = scene()
     with torch.no_grad():
@@ -232,11 +234,11 @@ def test_evaluation(build: Callable[..., nn.Module], weights: Path) -> None:
 
 @every_detector
 def test_autocast(build: Callable[..., nn.Module], weights: Path) -> None:
-    """In mixed precision the losses are about the same, but those of proposals: they differ."""
+    """In mixed precision losses are nearly equal, except those that depend on the proposals."""
     model = build_small(build, weights_backbone=weights).train()
     torch.manual_seed(0)
     plain = model(*scene())
-    torch.manual_seed(0)  # the samplers'
+    torch.manual_seed(0)  # for the random sampling of proposals
     with torch.autocast("cpu", torch.bfloat16):
         cast = model(*scene())
     sum(cast.values()).backward()
@@ -267,7 +269,7 @@ def test_other_arch_in_a_detector() -> None:
 
 
 def test_plain_norms_in_training(weights: Path) -> None:
-    """With BatchNorm2d the blocks take the batch's statistics, and the checkpoint loads as well."""
+    """With BatchNorm2d the blocks use the batch's statistics, and the checkpoint loads, too."""
     backbone = epsanet_fpn_backbone(weights=weights, norm_layer=nn.BatchNorm2d)
     before = backbone.body.layer4[0].bn2.running_mean.clone()
     backbone(torch.randn(2, 3, 64, 64))["3"].sum().backward()
@@ -276,7 +278,7 @@ def test_plain_norms_in_training(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "says"),
+    ("options", "error", "message"),
     [
         ({"arch": "resnet50"}, ValueError, "arch must be one of epsanet50, .*, got 'resnet50'"),
         ({"trainable_layers": 6}, ValueError, "trainable_layers must be .* 0 to 5, .* got 6"),
@@ -291,8 +293,8 @@ def test_plain_norms_in_training(weights: Path) -> None:
         ({"weights": "none.pth"}, FileNotFoundError, "none.pth"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         epsanet_fpn_backbone(**options)
 
 
@@ -304,7 +306,7 @@ def test_weights_of_another_network(weights: Path, tmp_path: Path) -> None:
         epsanet_fpn_backbone(weights=tmp_path / "bad.pt")
 
 
-def test_without_torchvision() -> None:
+def test_without_torchvision_the_error_names_the_package() -> None:
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
         "import epsanet_fused.integrations.torchvision"

@@ -1,8 +1,8 @@
-"""What timm's train.py and validate.py do, in small; knows nothing of EPSANet but its name.
+"""Train and validate as timm's train.py does, in small; only the model's name is EPSANet's.
 
     timm_training.py DATA OUT EPOCHS [CHECKPOINT to resume]
 
-Each process writes a JSON file to OUT: what it saw and how it ended.
+Each process writes its losses, accuracy and rank to a JSON file in OUT.
 """
 
 from __future__ import annotations
@@ -36,17 +36,25 @@ def create_model() -> nn.Module:
 def loader(data: str, split: str, model: nn.Module, distributed: bool) -> DataLoader:
     training = split == "train"
     config = resolve_data_config({"img_size": 32}, model=model)
-    # Workers that live for one epoch are seeded for it; so a resumed training sees the same images.
+    # Workers are seeded for each epoch, unless persistent: so a resumed run sees the same images.
     return create_loader(
         create_dataset("", data, split=split, is_training=training),
-        input_size=config["input_size"], mean=config["mean"], std=config["std"],
-        batch_size=16, is_training=training, num_workers=1, persistent_workers=False,
-        distributed=distributed, use_prefetcher=False, device=CPU,
-    )  # fmt: skip
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        batch_size=16,
+        is_training=training,
+        num_workers=1,
+        persistent_workers=False,
+        distributed=distributed,
+        use_prefetcher=False,
+        device=CPU,
+    )
 
 
 @torch.no_grad()
 def validate(model: nn.Module, data: str) -> float:
+    """Return top-1 in percent on the validation images."""
     model.eval()
     outputs, labels = zip(
         *((model(x), y) for x, y in loader(data, "validation", model, False)), strict=True
@@ -55,6 +63,7 @@ def validate(model: nn.Module, data: str) -> float:
 
 
 def train(data: str, out: str, epochs: int, resume: str | None) -> dict[str, object]:
+    """Train to the end of the epoch ``epochs``, from a checkpoint if one is given."""
     args = Namespace(device="cpu", dist_backend="gloo", model=NAME)
     init_distributed_device(args)
     torch.manual_seed(0)
@@ -85,9 +94,13 @@ def train(data: str, out: str, epochs: int, resume: str | None) -> dict[str, obj
     if args.distributed:
         dist.destroy_process_group()
     return {
-        "losses": losses, "top1": top1, "lr_scales": len(scales), "total": total,
-        "rank": args.rank, "world_size": args.world_size,
-    }  # fmt: skip
+        "losses": losses,
+        "top1": top1,
+        "lr_scales": len(scales),
+        "total": total,
+        "rank": args.rank,
+        "world_size": args.world_size,
+    }
 
 
 if __name__ == "__main__":
