@@ -1,4 +1,4 @@
-"""Values of the recipes' command lines; what doesn't fit is named together with what would."""
+"""Types for argparse that the recipes share. Each error names the value and the accepted range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
-    """An integer of low to high, both included."""
+    """Return a parser for an integer from low to high, both included."""
 
     def parse(text: str) -> int:
         try:
@@ -32,39 +32,39 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def share(text: str) -> float:
-    """A number of 0 to below 1."""
+def fraction(text: str) -> float:
+    """Parse a number in [0, 1)."""
     if not 0 <= (value := _number(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be a number of 0 to below 1, got {text!r}")
     return value
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     if not 0 < (value := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
 
 
-def not_negative(text: str) -> float:
-    """A finite number of at least 0."""
+def non_negative(text: str) -> float:
+    """Parse a finite number of at least 0."""
     if not 0 <= (value := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
     return value
 
 
 def device(text: str) -> torch.device:
-    """A device that holds float64, in which the recipes add up."""
+    """Parse a device that supports float64, the dtype in which the recipes sum losses."""
     try:
         torch.zeros(1, device=text, dtype=torch.float64)
         return torch.device(text)
-    except Exception as error:  # each device type refuses with a type of its own
+    except Exception as error:  # each device type raises an exception type of its own
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"can't use {text!r} here: {reason}") from None
 
 
 def folder(text: str) -> Path:
-    """A folder to write into; it is made if it isn't there."""
+    """Parse a folder to write into; create it if it is missing."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -74,14 +74,14 @@ def folder(text: str) -> Path:
 
 
 def existing_file(text: str) -> Path:
-    """A file to read."""
+    """Parse the path of an existing file."""
     if not (path := Path(text)).is_file():
         raise argparse.ArgumentTypeError(f"must be a file, got {text!r}, which is none")
     return path
 
 
 def existing_folder(text: str) -> Path:
-    """A folder to read from."""
+    """Parse the path of an existing folder."""
     if not (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}, which is none")
     return path

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: checkpoints and the log."""
+"""The output folder of a run: checkpoints and the log."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import InputError, RunError, World, reason_of
+from distributed import InputError, RunError, World, find_run_error
 from training import Trainer
 
 from epsanet_fused.utils.atomic_write import write_atomically
 
 Row = dict[str, Any]
 
+# The options that must be equal in a checkpoint and in the run that resumes from it.
+_MUST_AGREE = ("classes", "categories")
 
-class Record:
-    """What a run leaves in its folder, written by the first process.
 
-    ``checkpoint.pth.tar`` after each epoch, ``model_best.pth.tar`` when the score was the best, in
-    the official layout and readable by ``ef.load_checkpoint``; ``log.csv``, a row an epoch. The
-    rows are in the checkpoint, too, so that a resumed run has the log of its own past, whatever
-    lies in the folder.
+class Checkpointer:
+    """The output folder of a run; the first process writes it.
+
+    It gets ``checkpoint.pth.tar`` after each epoch and ``model_best.pth.tar`` when the score is the
+    best so far, both in the official layout, readable by ``ef.load_checkpoint``, and ``log.csv``
+    with one row an epoch. A checkpoint also holds the rows up to its epoch, so the log of a resumed
+    run doesn't depend on the files in the folder.
 
     Args:
-        folder: is made. It must not hold a checkpoint, unless the run goes on from this folder.
+        folder: created if it is missing. It must not hold a checkpoint, unless ``resume`` is a
+            checkpoint in this folder.
         arch: the model's name.
-        options: what the run's numbers hang on, of plain types; kept in the checkpoint.
-        resume: the checkpoint that the run goes on from.
+        options: plain values that determine the results; stored in the checkpoint.
+        resume: the checkpoint that the run resumes from.
 
     Raises:
-        InputError: if the folder can't be written to, or holds the checkpoint of another run.
+        InputError: if the folder isn't writable, or holds the checkpoint of another run.
     """
 
     def __init__(
@@ -46,64 +50,75 @@ class Record:
         self.plans = folder / "plans.json"  # see training.merge_groups
         self.epoch, self.best = 0, -math.inf
         self.rows: list[Row] = []
-        goes_on_here = resume is not None and resume.parent.resolve() == folder.resolve()
-        if self.checkpoint.exists() and not goes_on_here:
+        resumes_here = resume is not None and resume.parent.resolve() == folder.resolve()
+        if self.checkpoint.exists() and not resumes_here:
             raise InputError(
-                f"--out {folder} holds the checkpoint of another run: go on with it by --resume "
-                f"{self.checkpoint}, or take another folder"
+                f"--out {folder} holds the checkpoint of another run: resume it by --resume "
+                f"{self.checkpoint}, or choose another folder"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out: can't make the folder {folder}: {error}") from None
         if not os.access(folder, os.W_OK):
-            raise InputError(f"--out {folder} must be a folder to write into, which this isn't")
+            raise InputError(f"--out {folder} must be a writable folder, which this isn't")
 
     def resume(self, trainer: Trainer, path: Path) -> None:
-        """Load a checkpoint, and say in a line each what of it differs or is missing."""
+        """Load a checkpoint into the trainer, and print what is missing in it or differs.
+
+        Raises:
+            InputError: if the checkpoint can't be read or doesn't fit the model or the data.
+        """
         rest, notes = trainer.resume(path)
         if (arch := rest.get("arch", self.arch)) != self.arch:
-            notes.append(f"it calls its model {arch}, not {self.arch}, but fits")
+            notes.append(f"its model is called {arch}, not {self.arch}, but its weights fit")
         if "epoch" not in rest:
             raise InputError(f"--resume {path} holds no epoch; bare weights are for --weights")
+        self._check_agreement(path, rest.get("options"))
         self.epoch = int(rest["epoch"])
-        if "best_prec1" in rest:
-            self.best = float(rest["best_prec1"])
-        else:
-            notes.append("it has no best score, which starts anew")
-        if not (self.folder / "model_best.pth.tar").exists() and self.best > -math.inf:
-            notes.append(
-                f"its best score, {self.best:.4f}, has no model_best.pth.tar in {self.folder}, "
-                f"which gets one when that is exceeded"
-            )
+        notes += self._resume_best(rest)
         if "log" in rest:
             self.rows = list(rest["log"])
         else:
             notes.append(f"it has no log, which begins with epoch {self.epoch + 1}")
-        before = rest.get("options")
-        for name in _AGREE:
+        notes += _differences(rest.get("options"), self.options)
+        self.world.print(f"resuming {path} after epoch {self.epoch}")
+        for note in notes:
+            self.world.print(f"resuming: {note}")
+
+    def _check_agreement(self, path: Path, before: dict[str, Any] | None) -> None:
+        for name in _MUST_AGREE:
             if before is not None and before.get(name) != self.options.get(name):
                 raise InputError(
-                    f"--resume {path} was trained on the {name} {_some(before.get(name))}, and the "
-                    f"data have {_some(self.options.get(name))}"
+                    f"--resume {path} was trained on the {name} {_listed(before.get(name))}, and "
+                    f"the data have {_listed(self.options.get(name))}"
                 )
-        notes += _differences(before, self.options)
-        self.world.say(f"resuming {path} after epoch {self.epoch}")
-        for note in notes:
-            self.world.say(f"resuming: {note}")
+
+    def _resume_best(self, rest: dict[str, Any]) -> list[str]:
+        notes = []
+        if "best_prec1" in rest:
+            self.best = float(rest["best_prec1"])
+        else:
+            notes.append("it has no best score, so the next epoch's is the best")
+        if not (self.folder / "model_best.pth.tar").exists() and self.best > -math.inf:
+            notes.append(
+                f"its best score is {self.best:.4f}, but {self.folder} has no model_best.pth.tar: "
+                f"it is written when an epoch exceeds that score"
+            )
+        return notes
 
     def save(self, trainer: Trainer, row: Row, score: float) -> None:
-        """Write an epoch down: its row, and the checkpoint with its score, the higher the better.
+        """Write the log and the checkpoints of an epoch; a higher score is better.
 
-        Killed at any point, the folder holds a checkpoint from which a resumed run writes again
-        whatever is missing: the checkpoint comes last.
+        The checkpoint is written last: a run that is killed before resumes from the previous epoch
+        and writes all files of this one again.
 
         Raises:
             RunError: if a file can't be written.
         """
         epoch = self.epoch + 1
         self.rows.append({"epoch": epoch, **row})
-        if is_best := score > self.best:  # NaN never is
+        if is_best := score > self.best:  # false for NaN
             self.best = score
         if self.world.is_first:
             try:
@@ -113,30 +128,27 @@ class Record:
         self.epoch = epoch
 
     def _write(self, trainer: Trainer, epoch: int, is_best: bool) -> None:
-        data = io.BytesIO()
-        torch.save(
-            {
-                "epoch": epoch,
-                "arch": self.arch,
-                "best_prec1": self.best,
-                "options": self.options,
-                "log": self.rows,
-                **trainer.state(),
-            },
-            data,
-        )
+        checkpoint = {
+            "epoch": epoch,
+            "arch": self.arch,
+            "best_prec1": self.best,
+            "options": self.options,
+            "log": self.rows,
+            **trainer.state(),
+        }
+        torch.save(checkpoint, data := io.BytesIO())
         if is_best:
             write_atomically(self.folder / "model_best.pth.tar", data.getvalue())
         write_atomically(self.folder / "log.csv", _csv(self.rows))
         write_atomically(self.checkpoint, data.getvalue())
 
     @contextmanager
-    def advising(self) -> Iterator[None]:
-        """Says of a run that ends early from where it can go on."""
+    def resume_advice(self) -> Iterator[None]:
+        """Add to a ``RunError`` raised inside how to resume the run."""
         try:
             yield
         except Exception as error:
-            if (reason := reason_of(error)) is None:
+            if (reason := find_run_error(error)) is None:
                 raise
             advice = "no epoch was finished"
             if self.checkpoint.exists():
@@ -145,11 +157,7 @@ class Record:
             raise reason from None
 
 
-# What a checkpoint and the data must have in common.
-_AGREE = ("classes", "categories")
-
-
-def _some(values: Sequence[Any] | None) -> str:
+def _listed(values: Sequence[Any] | None) -> str:
     values = [] if values is None else values
     more = f", ... ({len(values)})" if len(values) > 6 else ""
     return f"{', '.join(map(str, values[:6])) or 'none'}{more}"
@@ -166,7 +174,7 @@ def _csv(rows: Sequence[Row]) -> bytes:
 
 def _differences(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
     if before is None:
-        return ["it doesn't say with which options it was trained"]
+        return ["it has no options of its training"]
     return [
         f"{name} was {before.get(name)}, now it is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())

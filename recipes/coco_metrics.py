@@ -1,4 +1,4 @@
-"""Average precision of boxes and masks, by pycocotools."""
+"""Average precision of boxes and masks, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -16,54 +16,57 @@ from torch import Tensor
 
 Result = dict[str, Any]
 
-# The first of what COCOeval sums up; S, M, L: objects of below 32^2, to 96^2, and more pixels.
+# The first six of COCOeval's stats. s, m, l: objects below 32^2, below 96^2, and of more pixels.
 AVERAGES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _IOU_TYPES = {"box": "bbox", "mask": "segm"}
 
 
-def results_of(
-    image_id: Any, found: dict[str, Tensor], categories: Sequence[int]
+def to_coco_results(
+    image_id: Any, detections: dict[str, Tensor], categories: Sequence[int]
 ) -> dict[str, list[Result]]:
-    """What a detector found in an image, in COCO's format of results.
+    """Convert the detections of one image to COCO's format of results.
 
     Args:
-        image_id: as in the annotations.
-        found: "boxes" (N, 4) as x1, y1, x2, y2, "labels" (N,), "scores" (N,), and of detectors that
-            have them "masks" (N, 1, H, W) of 0 to 1.
-        categories: label 1 is the first of them; others than theirs are left out.
+        image_id: the image's id in the annotations.
+        detections: "boxes" (N, 4) as x1, y1, x2, y2, "labels" (N,), "scores" (N,), and optionally
+            "masks" (N, 1, H, W) in [0, 1].
+        categories: the category id of label 1, label 2, ...; other labels are dropped.
 
     Returns:
-        {"box": results with a "bbox"}, and with masks "mask": results with a "segmentation".
+        Under "box" results with a "bbox"; with masks, under "mask" results with a "segmentation".
     """
-    boxes, labels, scores = (found[key].tolist() for key in ("boxes", "labels", "scores"))
+    boxes, labels, scores = (detections[key].tolist() for key in ("boxes", "labels", "scores"))
     results: dict[str, list[Result]] = {"box": []}
-    if "masks" in found:
+    if "masks" in detections:
         results["mask"] = []
-        masks = (found["masks"][:, 0] > 0.5).byte().cpu().numpy()  # (N, H, W)
+        masks = (detections["masks"][:, 0] > 0.5).byte().cpu().numpy()  # (N, H, W)
     for n, ((x1, y1, x2, y2), label, score) in enumerate(zip(boxes, labels, scores, strict=True)):
         if not 1 <= label <= len(categories):
             continue
         common = {"image_id": image_id, "category_id": categories[label - 1], "score": score}
         results["box"].append(common | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
-        if "masks" in found:
-            # Without a box: pycocotools would take the area from that.
-            results["mask"].append(
-                common | {"segmentation": rle.encode(np.asfortranarray(masks[n]))}
-            )
+        if "masks" in detections:
+            # No "bbox": pycocotools would compute the area from it instead of from the mask.
+            mask = rle.encode(np.asfortranarray(masks[n]))
+            results["mask"].append(common | {"segmentation": mask})
     return results
 
 
-def average_precision(truth: COCO, results: dict[str, list[Result]]) -> dict[str, float]:
-    """Percentages box_AP, box_AP50, ... and mask_AP, ... if there are masks; NaN without objects.
+def average_precision(annotations: COCO, results: dict[str, list[Result]]) -> dict[str, float]:
+    """Return the average precisions in percent.
 
     Args:
-        truth: the annotations.
-        results: of all images, as ``results_of`` returns them.
+        annotations: the expected objects.
+        results: the results of all images, in the form that ``to_coco_results`` returns.
+
+    Returns:
+        box_AP, box_AP50, ..., and mask_AP, ... if ``results`` has masks. A value is NaN if there is
+        no object of its size.
     """
     averages = {}
     for kind, entries in results.items():
         with redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(truth, _loaded(truth, entries), _IOU_TYPES[kind])
+            evaluation = COCOeval(annotations, _load(annotations, entries), _IOU_TYPES[kind])
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -72,10 +75,10 @@ def average_precision(truth: COCO, results: dict[str, list[Result]]) -> dict[str
     return averages
 
 
-def _loaded(truth: COCO, results: list[Result]) -> COCO:
+def _load(annotations: COCO, results: list[Result]) -> COCO:
     if results:
-        return truth.loadRes(results)
-    nothing = COCO()  # loadRes needs a first result to tell their kind
-    nothing.dataset = truth.dataset | {"annotations": []}
-    nothing.createIndex()
-    return nothing
+        return annotations.loadRes(results)
+    empty = COCO()  # loadRes fails on an empty list
+    empty.dataset = annotations.dataset | {"annotations": []}
+    empty.createIndex()
+    return empty

@@ -1,11 +1,11 @@
-"""Train a small EPSANet twice on real digits, plain and fused: the two runs must agree.
+"""Train a small EPSANet on real digits, plain and fused, and check that the two runs agree.
 
     python recipes/digits.py --out out
 
-The data are scikit-learn's 1,797 scanned digits of 8x8 pixels, scaled up to 24x24; a fixed quarter
-of them, stratified by class, is held out. The network is an EPSANet of four blocks, with the
-kernels and groups of the paper. Both trainings start from one seed and see the same batches in the
-same order; one is built of ``PSAModule``, the other of ``FusedPSAModule``.
+The dataset is scikit-learn's 1,797 scanned digits of 8x8 pixels, scaled up to 24x24; a fixed
+quarter of them, stratified by class, is the test set. The network is an EPSANet of four blocks with
+the paper's kernels and groups. Both runs start from the same seed and see the same batches in the
+same order; one uses ``PSAModule``, the other ``FusedPSAModule``.
 
 Needs the packages of ``pip install epsanet-fused[bench]``.
 """
@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What a training leaves: the loss of every step, the test accuracy after every epoch."""
+    """The loss of every step of a training run, and the test accuracy after every epoch."""
 
     losses: list[float]
     accuracies: list[float]
@@ -59,7 +59,7 @@ class Curve(NamedTuple):
 
 
 def load_data(count: int, device: torch.device) -> Data:
-    """The first ``count`` images of the training split, and the whole test split."""
+    """Load the first ``count`` images of the training set, and the whole test set."""
     digits = load_digits()
     labels = torch.tensor(digits.target)
     train_ids, test_ids = train_test_split(
@@ -74,7 +74,7 @@ def load_data(count: int, device: torch.device) -> Data:
 
 
 def build(fused: bool, seed: int, device: torch.device) -> ef.EPSANet:
-    """One block a stage; one seed gives the plain and the fused network the same weights."""
+    """Build the network, one block a stage; a seed gives both networks the same weights."""
     torch.manual_seed(seed)
     planes = (64, 64, 64, 64)
     model = ef.EPSANet(ef.EPSABlock, (1, 1, 1, 1), 10, planes=planes, reduction=4, fused=fused)
@@ -82,15 +82,15 @@ def build(fused: bool, seed: int, device: torch.device) -> ef.EPSANet:
 
 
 def train(model: nn.Module, data: Data, epochs: int, seed: int, name: str) -> Curve:
-    """SGD with a warm-up and a cosine; the order of the images depends on the seed alone."""
+    """Train by SGD with warm-up and cosine decay; the order of the images depends on the seed."""
     start = time.perf_counter()
     count = len(data.train_labels)
-    # A last batch of a few images is left out: its batch statistics would be mostly noise.
+    # An incomplete last batch is dropped: its batch statistics would be mostly noise.
     batches = count // BATCH
     optimizer = torch.optim.SGD(
         model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(epochs * batches))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(epochs * batches))
     order = torch.Generator().manual_seed(seed)
     losses, accuracies = [], []
     for _ in _progress(range(epochs), name):
@@ -108,14 +108,18 @@ def train(model: nn.Module, data: Data, epochs: int, seed: int, name: str) -> Cu
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images to which the model, in eval mode, gives their label."""
+    """Return the fraction of images that the model, in eval mode, classifies correctly."""
     model.eval()
     return (model(images).argmax(1) == labels).double().mean().item()
 
 
-def _warm_cosine(steps: int) -> Callable[[int], float]:
-    warm = max(1, steps // 5)
-    return lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def _warmup_cosine(steps: int) -> Callable[[int], float]:
+    warmup = max(1, steps // 5)
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    return factor
 
 
 def _progress(epochs: range, name: str) -> Iterable[int]:
@@ -130,15 +134,15 @@ def _progress(epochs: range, name: str) -> Iterable[int]:
 
 
 def largest_difference(plain: Curve, fused: Curve) -> float:
-    """Between the losses of any step; NaN if any loss is."""
+    """Return the largest difference between the losses of a step; NaN if a loss is NaN."""
     pairs = zip(plain.losses, fused.losses, strict=True)
     return torch.tensor([abs(a - b) for a, b in pairs], dtype=DTYPE).max().item()
 
 
-def complaints(plain: Curve, fused: Curve, min_accuracy: float) -> list[str]:
-    """Why the two runs don't pass; empty if they do."""
+def find_failures(plain: Curve, fused: Curve, min_accuracy: float) -> list[str]:
+    """Return the reasons why the two runs fail; an empty list if they pass."""
     found = []
-    if not (difference := largest_difference(plain, fused)) <= TOLERANCE:  # NaN is no agreement
+    if not (difference := largest_difference(plain, fused)) <= TOLERANCE:  # also catches NaN
         found.append(f"the losses differ by {difference:.1e}, more than {TOLERANCE:.0e}")
     if plain.accuracies != fused.accuracies:
         found.append(f"the accuracies differ: {plain.accuracies} and {fused.accuracies}")
@@ -152,7 +156,7 @@ def complaints(plain: Curve, fused: Curve, min_accuracy: float) -> list[str]:
 
 
 def table(plain: Curve, fused: Curve) -> str:
-    """Mean losses, largest difference and test accuracies, a line an epoch."""
+    """Return a table of mean losses, largest difference and test accuracies, a line an epoch."""
     lines = [
         "        mean loss           largest     test accuracy",
         "epoch   plain     fused     difference  plain     fused",
@@ -172,7 +176,7 @@ def table(plain: Curve, fused: Curve) -> str:
 
 
 def curves_csv(plain: Curve, fused: Curve) -> bytes:
-    """A row a step; the accuracies in the last row of each epoch."""
+    """Return a CSV file with a row for each step, and accuracies in the last row of each epoch."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -187,7 +191,7 @@ def curves_csv(plain: Curve, fused: Curve) -> bytes:
 
 
 def curves_png(plain: Curve, fused: Curve) -> bytes:
-    """Losses by step and accuracies by epoch, the fused run dashed upon the plain one."""
+    """Plot losses by step and accuracies by epoch as PNG; the fused run is dashed."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(plain.accuracies) + 1)
@@ -208,6 +212,7 @@ def curves_png(plain: Curve, fused: Curve) -> bytes:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; exit with a message on errors."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -222,9 +227,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--epochs",
         type=arguments.integer(1, 1000),
         default=6,
-        help="of each of the two trainings (6)",
+        help="epochs of each of the two runs (6)",
     )
-    add("--seed", type=arguments.integer(0, 2**32 - 1), default=0, help="of weights and order (0)")
+    add(
+        "--seed",
+        type=arguments.integer(0, 2**32 - 1),
+        default=0,
+        help="seed of weights and order (0)",
+    )
     add("--device", type=arguments.device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     add(
         "--images",
@@ -234,14 +244,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--min-accuracy",
-        type=arguments.share,
+        type=arguments.fraction,
         default=0.95,
-        help="what both test accuracies must pass in the end (0.95)",
+        help="both final test accuracies must be above this (0.95)",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe and return its exit status."""
     args = parse_arguments(argv)
     data = load_data(args.images, args.device)
     plain, fused = (
@@ -254,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = args.out / f"digits.{name}"
         write_atomically(path, content)
         print(f"wrote {path}")
-    failures = complaints(plain, fused, args.min_accuracy)
+    failures = find_failures(plain, fused, args.min_accuracy)
     for failure in failures:
         print(f"digits: {failure}", file=sys.stderr)
     if not failures:

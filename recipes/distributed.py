@@ -1,9 +1,9 @@
-"""One process or many: how they meet, how the data are dealt among them, how they end.
+"""What one process and several have in common: process group, random seeds, sampling, exit status.
 
-A recipe runs as one process, or as several that ``torchrun`` starts. All that decides its numbers
-is the same for any number of processes: the order of the samples depends on (seed, epoch), a
-sample's augmentation on (seed, epoch, its index), and a step's micro-batches are the same ones,
-whoever runs them.
+A recipe runs as one process, or as several that ``torchrun`` starts. Its results don't depend on
+the number of processes: the order of the samples depends on (seed, epoch), the augmentation of a
+sample on (seed, epoch, index), and a step consists of the same micro-batches however many processes
+share it.
 """
 
 from __future__ import annotations
@@ -26,58 +26,58 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# For the first process while it works alone, such as at COCO's evaluation.
-PATIENCE = timedelta(hours=2)
+# Long enough for work that the first process does alone, such as COCO's evaluation.
+TIMEOUT = timedelta(hours=2)
 
 
 class RunError(Exception):
-    """The end of a run for a reason that is worth one line, not a traceback; see ``run``."""
+    """An expected failure, reported as one line instead of a traceback; see ``run``."""
 
     status = 1
-    everywhere = True  # every process comes to it, and the first one says it for all
+    in_every_process = True  # every process raises it, and the first one prints it for all
 
     def __init__(self, text: str) -> None:
-        # A DataLoader makes another of what its workers raise, of their traceback.
+        # A DataLoader raises a worker's error again, with the worker's traceback as its text.
         last = text.strip().splitlines()[-1]
         super().__init__(last.rpartition(f"{__name__}.{type(self).__name__}: ")[2])
 
 
 class InputError(RunError):
-    """What the user gave can't be used: argument, what came, what is accepted."""
+    """An argument or a file that the recipe can't use."""
 
     status = 2
 
 
 class SampleError(InputError):
-    """One sample can't be read: only the process that was dealt it knows."""
+    """A sample that can't be read; only the process that loads it raises this."""
 
-    everywhere = False
+    in_every_process = False
 
 
 class DivergedError(RunError):
-    """The loss isn't finite any more."""
+    """A loss that is no longer finite."""
 
 
 class StoppedError(RunError):
-    """SIGINT or SIGTERM came."""
+    """A stop by SIGINT or SIGTERM."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.status = 128 + number
 
 
-_stopped: list[StoppedError] = []  # by the signals that came
+_stopped: list[StoppedError] = []  # one for each signal received
 
 
 def run(program: str, body: Callable[[], None]) -> int:
-    """Run a recipe to its exit status; a ``RunError`` becomes one line on stderr.
+    """Run a recipe's body and return its exit status; print a ``RunError`` as one line on stderr.
 
     SIGINT and SIGTERM raise ``StoppedError`` in ``body``, wherever it is.
     """
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:  # and not a worker that was forked just now
+        if os.getpid() == owner:  # a DataLoader worker, just forked, still has this handler
             _stopped.append(StoppedError(number))
             raise _stopped[-1]
 
@@ -85,14 +85,14 @@ def run(program: str, body: Callable[[], None]) -> int:
     try:
         body()
     except Exception as error:
-        _handle_signals(signal.SIG_IGN)  # on the way out already, and torchrun may repeat itself
-        # The workers of DataLoaders end with this process, and that is no failure of theirs.
+        _handle_signals(signal.SIG_IGN)  # torchrun may send the signal again
+        # The DataLoader workers end with this process; torch would report that as a failure.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if (reason := reason_of(error)) is None:
+        if (reason := find_run_error(error)) is None:
             raise
-        if _rank() == 0 or not reason.everywhere:
-            # The first process's bar may be open in the same terminal.
-            start = "" if reason.everywhere else "\n"
+        if _rank() == 0 or not reason.in_every_process:
+            # The first process's progress bar may be open in the same terminal.
+            start = "" if reason.in_every_process else "\n"
             print(f"{start}{program}: {reason}", file=sys.stderr, flush=True)
         return reason.status
     finally:
@@ -100,11 +100,11 @@ def run(program: str, body: Callable[[], None]) -> int:
     return 0
 
 
-def reason_of(error: Exception) -> RunError | None:
-    """The ``RunError`` behind an error: itself, or a stop that showed as something else.
+def find_run_error(error: Exception) -> RunError | None:
+    """Return the ``RunError`` that caused an error, or None if there is none.
 
-    C++ code may wrap what a signal raises, and a process fails in another way if the others were
-    stopped first.
+    An error of another type may be caused by a signal: C++ code may wrap the ``StoppedError``, and
+    a process fails in another way if the other processes were stopped first.
     """
     if isinstance(error, RunError):
         return error
@@ -117,7 +117,7 @@ def _handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Ha
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, or its type if it says nothing."""
+    """Return the first line of an error's message, or its type's name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -127,7 +127,7 @@ def _rank() -> int:
 
 @dataclass(frozen=True)
 class World:
-    """This process, its device, and how many there are; ``rank`` 0 prints and writes."""
+    """The processes of a run, seen from this one; the process of rank 0 prints and writes."""
 
     rank: int
     size: int
@@ -137,21 +137,21 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def say(self, text: str) -> None:
-        """A line on stdout, once for all processes."""
+    def print(self, text: str) -> None:
+        """Print a line on stdout, once for all processes."""
         if self.is_first:
             print(text, flush=True)
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum of the processes' tensors, in every process."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Return the sum of the processes' tensors, in every process."""
         if self.size == 1:
             return values
         values = values.clone()
         dist.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's picklable value by rank, in every process."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the picklable values of all processes in the order of rank, in every process."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -160,30 +160,33 @@ class World:
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[World]:
-    """Meet the other processes that ``torchrun`` started, if it did; part again after success.
+def init_distributed(device: str | None) -> Iterator[World]:
+    """Join the process group if ``torchrun`` started this process; leave it after success.
 
     Args:
-        device: "cpu", "cuda", ...; None takes cuda where there is one. Of several processes each
-            takes the cuda device of its LOCAL_RANK.
+        device: "cpu", "cuda", ...; None selects cuda where it is available. With several processes,
+            each takes the cuda device of its LOCAL_RANK.
 
     Raises:
-        InputError: if the device isn't there, or doesn't suit several processes.
+        InputError: if the device isn't available, or isn't usable by several processes.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), _rank()
     if size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise InputError(f"WORLD_SIZE is {size}, but the rest is missing: start me with torchrun")
+        raise InputError(
+            f"WORLD_SIZE is {size}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is missing: "
+            f"start this recipe with torchrun"
+        )
     own = _device(device, size)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if size > 1:
-        # Bound to its device: NCCL needn't guess which one it is.
-        bound = own if own.type == "cuda" else None
+        # With a device_id NCCL doesn't have to guess the device.
+        device_id = own if own.type == "cuda" else None
         dist.init_process_group(
-            "gloo" if bound is None else "nccl", device_id=bound, timeout=PATIENCE
+            "gloo" if device_id is None else "nccl", device_id=device_id, timeout=TIMEOUT
         )
     yield World(rank, size, own)
-    # After a failure others may wait for this process in vain, and it for them: it just exits.
+    # Not after a failure: the processes would wait for one another until the timeout.
     if size > 1:
         dist.destroy_process_group()
 
@@ -207,17 +210,17 @@ def _device(name: str | None, size: int) -> torch.device:
     return device
 
 
-def mix(*numbers: int) -> int:
-    """A seed of 63 bits from several integers, each combination another one."""
+def derive_seed(*numbers: int) -> int:
+    """Return a 63-bit seed that depends on all of the integers and on their order."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-class Seeded(Dataset[Any]):
-    """A data set, indexed by (epoch, index), whose randomness hangs on (seed, epoch, index) alone.
+class SeededDataset(Dataset[Any]):
+    """A dataset indexed by (epoch, index) whose randomness depends only on (seed, epoch, index).
 
-    While a sample is made, torch's CPU generator stands at a seed of its own; transforms have to
-    draw from that one, as torchvision's do.
+    Torch's CPU generator is seeded while a sample is made. Transforms must draw from that
+    generator, as torchvision's do.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -227,70 +230,72 @@ class Seeded(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         before = torch.get_rng_state()
-        # Not torch.manual_seed, which would move the accelerators' generators for good.
-        torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+        # torch.manual_seed would change the accelerators' generators, too, and for good.
+        torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
         try:
             return self.dataset[index]
         finally:
             torch.set_rng_state(before)
 
 
-class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """This process's micro-batches of an epoch, as (epoch, index): for a DataLoader of ``Seeded``.
+class TrainingBatchSampler(Sampler[list[tuple[int, int]]]):
+    """The micro-batches of this process in an epoch, as lists of (epoch, index).
 
-    Each step takes ``batch`` samples of the shuffled data, those of the last step that don't fill
-    it are left out. They make ``world.size * accumulate`` micro-batches; the process of rank r runs
-    those from ``r * accumulate`` on, in their order.
+    For a DataLoader of a ``SeededDataset``. Each step takes ``batch_size`` samples of the shuffled
+    data; an incomplete last step is dropped. A step has ``world.size * accumulate`` micro-batches:
+    the process of rank r runs ``accumulate`` of them in their order, from ``r * accumulate`` on.
 
     Args:
         count: the number of samples.
-        batch: the samples of a step, over all processes.
+        batch_size: the samples of a step, over all processes.
         accumulate: the micro-batches of a step in each process.
 
     Raises:
         InputError: if the batch doesn't divide into micro-batches, or is larger than ``count``.
     """
 
-    def __init__(self, count: int, batch: int, world: World, seed: int, accumulate: int) -> None:
-        parts = world.size * accumulate
-        if batch % parts:
+    def __init__(
+        self, count: int, batch_size: int, world: World, seed: int, accumulate: int
+    ) -> None:
+        micro_batches = world.size * accumulate
+        if batch_size % micro_batches:
             raise InputError(
-                f"--batch-size {batch} must divide into {parts} equal micro-batches: "
+                f"--batch-size {batch_size} must divide into {micro_batches} equal micro-batches: "
                 f"{world.size} processes, {accumulate} each (--accumulate)"
             )
-        if batch > count:
+        if batch_size > count:
             raise InputError(
-                f"--batch-size {batch} is more than there are training images: {count}"
+                f"--batch-size {batch_size} is more than there are training images: {count}"
             )
-        self.count, self.batch, self.seed = count, batch, seed
-        self.micro = batch // parts
-        self.first = world.rank * accumulate * self.micro
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.micro_batch_size = batch_size // micro_batches
+        self.first = world.rank * accumulate * self.micro_batch_size
         self.accumulate = accumulate
-        self.steps = count // batch
+        self.steps = count // batch_size
         self.epoch = 0
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator).tolist()
         for step in range(self.steps):
             for k in range(self.accumulate):
-                start = step * self.batch + self.first + k * self.micro
-                yield [(self.epoch, i) for i in order[start : start + self.micro]]
+                start = step * self.batch_size + self.first + k * self.micro_batch_size
+                yield [(self.epoch, i) for i in order[start : start + self.micro_batch_size]]
 
 
-class EvaluationBatches(Sampler[list[int]]):
-    """This process's batches of an evaluation: every sample once in one of the processes.
+class EvaluationBatchSampler(Sampler[list[int]]):
+    """The evaluation batches of this process; together the processes have every sample once.
 
-    The batches are those that one process would see, dealt in turn. The last may be smaller, and
-    processes may have one batch less than others.
+    The batches are those of a single process, distributed round-robin. The last one may be smaller,
+    and a process may have one batch less than another.
     """
 
-    def __init__(self, count: int, batch: int, world: World) -> None:
-        starts = range(0, count, batch)[world.rank :: world.size]
-        self.batches: Sequence[range] = [range(s, min(s + batch, count)) for s in starts]
+    def __init__(self, count: int, batch_size: int, world: World) -> None:
+        starts = range(0, count, batch_size)[world.rank :: world.size]
+        self.batches: Sequence[range] = [range(s, min(s + batch_size, count)) for s in starts]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -301,12 +306,12 @@ class EvaluationBatches(Sampler[list[int]]):
 
 def make_loader(
     dataset: Dataset[Any],
-    batches: TrainingBatches | EvaluationBatches,
+    batches: TrainingBatchSampler | EvaluationBatchSampler,
     workers: int,
     world: World,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A DataLoader whose workers stay from epoch to epoch, and leave a stop to this process."""
+    """Build a DataLoader with persistent workers that ignore SIGINT."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -314,22 +319,22 @@ def make_loader(
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # or every epoch would draw a number from the global one
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # else every epoch would draw from the global generator
     )
 
 
-def _begin_worker(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _excepthook_of_worker
+    sys.excepthook = _worker_excepthook
 
 
-def _excepthook_of_worker(
+def _worker_excepthook(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """A process that is stopped hangs up on its workers in the middle of a word: that is no news.
+    """Don't print the errors of a connection that the main process closes when it is stopped.
 
-    What goes wrong with a sample doesn't come here, the DataLoader hands it on.
+    Errors of samples don't come here: the DataLoader passes them to the main process.
     """
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, traceback)

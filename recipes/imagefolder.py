@@ -1,12 +1,12 @@
-"""Images in a folder for each class, as the ImageNet recipe crops them."""
+"""Datasets of one folder of images for each class, cropped as in the ImageNet recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+from distributed import InputError, SampleError, first_line
 from PIL import Image
-from processes import InputError, SampleError, first_line
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -14,20 +14,20 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_train(data: Path, size: int) -> ImageFolder:
-    """DATA/train/CLASS/*: crops of random place, area and aspect, mirrored or not.
+    """Open DATA/train/CLASS/*, with random resized crops and horizontal flips.
 
-    Items are an image (3, size, size), float32 and normalised, and the number of its class.
+    Items are an image (3, size, size), float32 and normalised, and the index of its class.
 
     Raises:
         InputError: if a folder is missing, or a class has no image.
-        SampleError: from the items, if a file can't be read as an image.
+        SampleError: by the items, if a file can't be read as an image.
     """
     crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     return _load(data, "train", crop)
 
 
 def load_val(data: Path, size: int) -> ImageFolder:
-    """DATA/val/CLASS/*: the centre of the image, its shorter side 256 / 224 of the crop's.
+    """Open DATA/val/CLASS/*, with the shorter side resized to size * 256 / 224 and a centre crop.
 
     Items and errors are those of ``load_train``.
     """
@@ -35,8 +35,8 @@ def load_val(data: Path, size: int) -> ImageFolder:
     return _load(data, "val", centre)
 
 
-def check_classes(train: ImageFolder, val: ImageFolder) -> None:
-    """Raises an InputError unless both number the same classes."""
+def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
+    """Raise an InputError unless both datasets have the same classes."""
     if difference := set(train.classes) ^ set(val.classes):
         raise InputError(
             f"{train.root} and {val.root} must have the same classes; only one of them has "
@@ -44,21 +44,25 @@ def check_classes(train: ImageFolder, val: ImageFolder) -> None:
         )
 
 
-def _load(data: Path, part: str, geometry: list[object]) -> ImageFolder:
-    if not (folder := data / part).is_dir():
-        raise InputError(f"{data} must hold a folder {part}, which isn't there")
-    finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+def _load(data: Path, split: str, crop: list[object]) -> ImageFolder:
+    if not (folder := data / split).is_dir():
+        raise InputError(f"{data} must hold a folder {split}, which isn't there")
+    normalise = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     try:
-        return ImageFolder(str(folder), transforms.Compose([*geometry, *finish]), loader=read_image)
+        return ImageFolder(str(folder), transforms.Compose([*crop, *normalise]), loader=read_image)
     except FileNotFoundError as error:  # no class, or one without an image
         raise InputError(f"{folder} must hold a folder of images for each class: {error}") from None
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file in RGB; a SampleError that names the file if it is broken."""
+    """Read an image file as RGB.
+
+    Raises:
+        SampleError: if the file can't be read as an image; names the file.
+    """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # which Pillow would clip, not scale
+            if image.mode.startswith("I;16"):  # Pillow's convert would clip, not scale
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError(f"its pixels are of mode {image.mode}, of no known range")

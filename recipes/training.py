@@ -1,9 +1,9 @@
-"""What the recipes share of training: steps, running averages, checkpoints and the log.
+"""The training loop of the recipes: steps, running averages, mixed precision and resuming.
 
-A step is ``size * accumulate`` equal micro-batches, over ``size`` processes. Its loss and gradient
-are their means, and so is what it adds to BatchNorm's running statistics; each micro-batch is
-normalised by itself, as usual. So it doesn't matter to the numbers, but for rounding, whether N
-processes share a step or one process takes N micro-batches (``accumulate``) in turn.
+A step has ``size * accumulate`` micro-batches of equal size, over ``size`` processes. Its loss, its
+gradient and its update of BatchNorm's running statistics are the means over the micro-batches. Each
+micro-batch is normalised by itself. So N processes and one process with N times the micro-batches
+(``accumulate``) give the same numbers, up to rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import DivergedError, InputError, World, first_line, mix
+from distributed import DivergedError, InputError, World, derive_seed, first_line
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -30,17 +30,17 @@ from tqdm import tqdm
 import epsanet_fused as ef
 from epsanet_fused.nn.grouped_conv import ConvPlan
 
-CHECK_EVERY = 20  # steps from one look at the loss to the next: each waits for the device
+CHECK_EVERY = 20  # steps between two checks of the loss; each check synchronises with the device
 
 
 def progress_bar(world: World, steps: int, title: str) -> tqdm:
-    """A bar on stderr, in the first process only; a context manager."""
+    """Return a progress bar, a context manager, on stderr of the first process only."""
     return tqdm(
         total=steps, desc=title, file=sys.stderr, disable=not world.is_first, dynamic_ncols=True
     )
 
 
-class Means:
+class AverageMeter:
     """Means of named values over the samples of all steps and processes, summed in float64."""
 
     def __init__(self, world: World, *names: str) -> None:
@@ -48,42 +48,46 @@ class Means:
         self.names = names
         self.sums = torch.zeros(1 + len(names), dtype=torch.float64, device=world.device)
 
-    def add(self, count: int, **sums: Tensor) -> None:
-        """Each is a scalar, summed over ``count`` samples."""
+    def update(self, count: int, **sums: Tensor) -> None:
+        """Add values of ``count`` samples: for each name a scalar, summed over the samples."""
         row = [sums[name].detach().double() for name in self.names]
         self.sums += torch.stack([torch.full_like(row[0], count), *row])
 
-    def all(self) -> dict[str, float]:
-        """The means so far; every process has to ask, and all get the same. NaN without samples."""
-        count, *sums = self.world.total(self.sums).tolist()
+    def compute(self) -> dict[str, float]:
+        """Return the means so far, NaN without samples.
+
+        Every process must call this, and each gets the means over all processes.
+        """
+        count, *sums = self.world.all_reduce_sum(self.sums).tolist()
         return {n: s / count if count else math.nan for n, s in zip(self.names, sums, strict=True)}
 
-    def finite(self, name: str) -> float:
-        """One of ``all``.
+    def compute_finite(self, name: str) -> float:
+        """Return one of the means of ``compute``.
 
         Raises:
             DivergedError: if it isn't finite, in every process.
         """
-        if not math.isfinite(value := self.all()[name]):
+        if not math.isfinite(value := self.compute()[name]):
             raise DivergedError(f"the {name} became {value}; a smaller --lr or a warm-up may help")
         return value
 
 
 def autocast(world: World, amp: bool) -> torch.autocast:
-    """Mixed precision if ``amp``: float16 on cuda, bfloat16 elsewhere."""
+    """Return the context of mixed precision if ``amp``: float16 on cuda, bfloat16 elsewhere."""
     dtype = torch.float16 if world.device.type == "cuda" else torch.bfloat16
     return torch.autocast(world.device.type, dtype, enabled=amp)
 
 
 def merge_groups(model: nn.Module, images: Tensor, world: World, amp: bool, file: Path) -> None:
-    """Have the model's convolutions run with groups merged, where that trains faster here.
+    """Make the model's convolutions run with merged groups where that trains faster.
 
     Args:
-        images: like those of a micro-batch.
-        file: holds what was measured; the first process adds what is missing, and all follow it.
+        images: a batch with the shape and memory format of a micro-batch.
+        file: keeps the measured plans. The first process measures what is missing in it; all
+            processes use the plans in it.
 
     Raises:
-        InputError: if the file holds something else.
+        InputError: if the file has other content.
     """
 
     def plans() -> dict[str, ConvPlan]:
@@ -93,28 +97,28 @@ def merge_groups(model: nn.Module, images: Tensor, world: World, amp: bool, file
         except ValueError as error:
             raise InputError(first_line(error)) from None
 
-    world.say("measuring which groups of the convolutions to merge")
+    world.print("measuring which groups of the convolutions to merge")
     if world.is_first:
         plans()
-    world.gather(None)  # by now it has written them
+    world.all_gather(None)  # wait until the first process has written the file
     found = plans()
     ef.use_plans(model, found)
     convs = dict(model.named_modules())
     merged = sum(plan.groups < convs[name].groups for name, plan in found.items())
-    world.say(f"{merged} of {len(found)} convolutions run with fewer groups, see {file}")
+    world.print(f"{merged} of {len(found)} convolutions run with fewer groups, see {file}")
 
 
 class Trainer:
-    """A model in training, in step with its copies in the other processes.
+    """Trains a model in step with its copies in the other processes.
 
     Args:
         model: on ``world.device``.
-        optimizer: of the model's parameters; set its learning rate before each step.
-        seed: of what the model draws in training, such as a dropout.
+        optimizer: of the model's parameters. Set its learning rate before each step.
+        seed: for random draws of the model in training, such as dropout.
         accumulate: micro-batches of a step in this process.
-        amp: mixed precision, see ``autocast``; float16 with a scaled loss.
-        ema_decay: keeps an exponential moving average of the weights and running statistics, which
-            is then what is evaluated; None keeps none.
+        amp: use mixed precision, see ``autocast``; with float16 the loss is scaled.
+        ema_decay: decay of an exponential moving average of the weights and running statistics,
+            which is then evaluated instead of the model; None keeps no average.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_cuda)
         self.parallel = model
         if world.size > 1:
-            # The running statistics are averaged before they are used, not sent around each step.
+            # average_running_stats replaces the broadcast of the buffers in each step.
             self.parallel = DistributedDataParallel(
                 model, device_ids=[world.device] if on_cuda else None, broadcast_buffers=False
             )
@@ -146,8 +150,8 @@ class Trainer:
         self.momenta = [(m, m.momentum) for m in norms if m.momentum is not None]
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The model to evaluate and to keep: the average if there is one."""
+    def eval_model(self) -> nn.Module:
+        """The model to evaluate and to save: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def step(
@@ -156,21 +160,21 @@ class Trainer:
         batches: Iterable[Any],
         mean_loss: Callable[[nn.Module, Any], Tensor],
     ) -> None:
-        """One step of the optimizer.
+        """Run one step of the optimizer.
 
         Args:
-            key: (epoch, step in the epoch). What the model draws depends on this, the seed and the
-                micro-batch's place among those of all processes.
+            key: (epoch, step of the epoch). With the seed and the micro-batch's index among those
+                of all processes it determines the random draws of the model.
             batches: ``accumulate`` micro-batches.
             mean_loss: maps the model to call and a micro-batch to the mean loss of its samples.
         """
         self.optimizer.zero_grad()
         for k, batch in enumerate(batches):
-            torch.manual_seed(mix(self.seed, *key, self.world.rank * self.accumulate + k))
-            self._share_momentum(k)
+            torch.manual_seed(derive_seed(self.seed, *key, self.world.rank * self.accumulate + k))
+            self._set_norm_momentum(k)
             is_last = k == self.accumulate - 1
-            waits = not is_last and isinstance(self.parallel, DistributedDataParallel)
-            with self.parallel.no_sync() if waits else nullcontext():
+            skip_sync = not is_last and isinstance(self.parallel, DistributedDataParallel)
+            with self.parallel.no_sync() if skip_sync else nullcontext():
                 with autocast(self.world, self.amp):
                     loss = mean_loss(self.parallel, batch)
                 self.scaler.scale(loss / self.accumulate).backward()
@@ -184,46 +188,48 @@ class Trainer:
         epoch: int,
         epochs: int,
         loader: DataLoader[Any],
-        rate: Callable[[int, int], float],
+        learning_rate: Callable[[int, int], float],
         mean_loss: Callable[[nn.Module, Any], Tensor],
-        means: Means,
+        meter: AverageMeter,
     ) -> float:
-        """All steps of an epoch, counted from 0, of ``epochs``.
+        """Run all steps of an epoch.
 
         Args:
-            loader: of ``TrainingBatches``.
-            rate: maps a step and their number to the learning rate.
+            epoch: counted from 0.
+            epochs: the number of epochs, for the progress bar.
+            loader: has a ``TrainingBatchSampler``.
+            learning_rate: maps (step, steps of the epoch) to the learning rate of the step.
             mean_loss: see ``step``.
-            means: what ``mean_loss`` adds to, the "loss" among it.
+            meter: updated by ``mean_loss``; one of its names is "loss".
 
         Returns:
-            The images per second, in all processes.
+            The images per second, over all processes.
 
         Raises:
-            DivergedError: if the loss isn't finite any more.
+            DivergedError: if the loss is no longer finite.
         """
         start = time.perf_counter()
-        batches, steps = loader.batch_sampler, len(loader) // self.accumulate
+        sampler, steps = loader.batch_sampler, len(loader) // self.accumulate
         self.model.train()
-        batches.epoch = epoch
-        dealt = iter(loader)
+        sampler.epoch = epoch
+        batches = iter(loader)
         with progress_bar(self.world, steps, f"epoch {epoch + 1}/{epochs}") as bar:
             for step in range(steps):
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate(step, steps)
-                self.step((epoch, step), islice(dealt, self.accumulate), mean_loss)
+                    group["lr"] = learning_rate(step, steps)
+                self.step((epoch, step), islice(batches, self.accumulate), mean_loss)
                 bar.update()
                 if step % CHECK_EVERY == 0 or step == steps - 1:
-                    bar.set_postfix(loss=f"{means.finite('loss'):.4f}")
-        self.average_statistics()
-        return round(steps * batches.batch / (time.perf_counter() - start), 1)
+                    bar.set_postfix(loss=f"{meter.compute_finite('loss'):.4f}")
+        self.average_running_stats()
+        return round(steps * sampler.batch_size / (time.perf_counter() - start), 1)
 
-    def _share_momentum(self, k: int) -> None:
-        """Have the running statistics take all micro-batches of a step with one weight.
+    def _set_norm_momentum(self, k: int) -> None:
+        """Set the norms' momentum so that all micro-batches of a step get the same weight.
 
-        Updates follow one another, so an early one is diluted by those after it: with
-        w = momentum / accumulate, the k-th gets w / (1 - w * (accumulate - 1 - k)), which leaves
-        each with w in the end, and what was there before with 1 - momentum.
+        Each update of the running statistics also scales down the earlier ones. With
+        w = momentum / accumulate, the k-th micro-batch uses w / (1 - w * (accumulate - 1 - k)):
+        after the step each micro-batch has the weight w, and the old statistics 1 - momentum.
         """
         if self.accumulate == 1:
             return
@@ -231,11 +237,11 @@ class Trainer:
             w = momentum / self.accumulate
             norm.momentum = w / (1 - w * (self.accumulate - 1 - k))
 
-    def average_statistics(self) -> None:
-        """Give all processes the mean of their running statistics; do it after every epoch.
+    def average_running_stats(self) -> None:
+        """Average the running statistics over the processes; call this after every epoch.
 
-        The statistics are linear in what the steps add to them, so this is as good as averaging
-        after every step.
+        The statistics are linear in the updates of the steps, so the result is the same as with an
+        average after every step.
         """
         if self.world.size == 1:
             return
@@ -243,12 +249,16 @@ class Trainer:
         for module in (m for model in models for m in model.modules()):
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 for statistic in (module.running_mean, module.running_var):
-                    statistic.copy_(self.world.total(statistic) / self.world.size)
+                    statistic.copy_(self.world.all_reduce_sum(statistic) / self.world.size)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: ``state_dict`` is what was evaluated, the rest is to go on with."""
+        """Return the entries of a checkpoint.
+
+        ``state_dict`` is that of ``eval_model``; ``raw_state_dict`` (with a moving average),
+        ``optimizer`` and ``scaler`` (if the loss is scaled) are only for resuming.
+        """
         state = {
-            "state_dict": self.evaluated.state_dict(),
+            "state_dict": self.eval_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
         if self.ema is not None:
@@ -260,10 +270,11 @@ class Trainer:
     def resume(self, path: Path) -> tuple[dict[str, Any], list[str]]:
         """Load a checkpoint of the recipes or of the official script.
 
-        The optimizer's settings (lr, momentum, ...) stay as they are: the command line has them.
+        The optimizer's settings (lr, momentum, ...) aren't loaded: the command line sets them.
 
         Returns:
-            What else the file holds, and a line for all that it lacks or that isn't used.
+            The other entries of the checkpoint, and one line for each entry that is missing or
+            unused.
 
         Raises:
             InputError: if the file can't be read or doesn't fit.
@@ -274,20 +285,20 @@ class Trainer:
             if scaler := rest.pop("scaler", None):
                 self.scaler.load_state_dict(scaler)
             else:
-                notes.append("it has no scale for the loss, which starts anew")
+                notes.append("it has no scale of the loss, which starts at the default")
         return rest, notes
 
     def _resume_average(self, rest: dict[str, Any]) -> list[str]:
         raw = rest.pop("raw_state_dict", None)
         if self.ema is not None:
             self.ema.module.load_state_dict(self.model.state_dict())
-            self.ema.n_averaged.fill_(1)  # the next update averages; the very first would copy
+            self.ema.n_averaged.fill_(1)  # at 0 the next update would copy the weights
         if raw is not None:
             self.model.load_state_dict(raw)
         if self.ema is not None and raw is None:
             return ["it has no average of the weights (--ema), which starts from its weights"]
         if self.ema is None and raw is not None:
-            return ["its average of the weights is dropped, as --ema isn't given"]
+            return ["its average of the weights is dropped, because --ema isn't given"]
         return []
 
     def _resume_optimizer(self, rest: dict[str, Any], path: Path) -> list[str]:
@@ -296,7 +307,7 @@ class Trainer:
         settings = [dict(group) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state)
-            _check_shapes(self.optimizer)
+            _check_state_shapes(self.optimizer)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"--resume {path}: its optimizer doesn't fit the model: {error}"
@@ -306,8 +317,8 @@ class Trainer:
         return []
 
 
-def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """load_state_dict takes a momentum of any shape for any parameter."""
+def _check_state_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Check that momenta have the shapes of their parameters: load_state_dict doesn't."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
@@ -318,12 +329,12 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_weights(model: nn.Module, path: Path, option: str) -> dict[str, Any]:
-    """``ef.load_checkpoint``, with an InputError that names the option for whatever goes wrong."""
+    """Call ``ef.load_checkpoint`` and turn its errors into an InputError that names the option."""
     try:
         return ef.load_checkpoint(model, path)
-    except pickle.UnpicklingError:  # torch's own advice is to run what is in there
+    except pickle.UnpicklingError:  # torch's message advises to load with weights_only=False
         raise InputError(
             f"{option} {path} is torn, or holds more than tensors and plain values"
         ) from None
-    except Exception as error:  # a torn file raises errors of many types
+    except Exception as error:  # a damaged file raises errors of many types
         raise InputError(f"{option} {path}: {first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Small sets of real images, written to disk as users have them."""
+"""Small datasets of real images and a backbone's checkpoint, written to disk as users have them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,40 @@ from torch import nn
 
 import epsanet_fused as ef
 
+# The category ids are as in COCO: they don't start at 1, have gaps and are in no order.
+DIGIT, DISC, TRIANGLE = 3, 40, 7
+CATEGORIES = [(DISC, "disc"), (DIGIT, "digit"), (TRIANGLE, "triangle")]
+SIZES = ((96, 80), (80, 96), (96, 96))  # (width, height) of the images, in turn
+
 
 def write_digits(
     root: Path, classes: int = 4, train: int = 12, val: int = 5, side: int = 40
 ) -> Path:
-    """DATA/train/CLASS/*.png, DATA/val/CLASS/*.png: scanned digits, so many of each class."""
+    """Write scanned digits to root/train/CLASS/*.png and root/val/CLASS/*.png.
+
+    Args:
+        train: images of each class for training.
+        val: images of each class for evaluation.
+        side: height and width of the images in pixels.
+    """
     digits = load_digits()
     for label in range(classes):
-        images = digits.images[digits.target == label][: train + val]  # (N, 8, 8), of 0 to 16
+        images = digits.images[digits.target == label][: train + val]  # (N, 8, 8) in [0, 16]
         for i, image in enumerate(images):
-            part = "train" if i < train else "val"
-            _save(root / part / f"digit{label}" / f"{i:03}.png", image * (255 / 16), side)
+            split = "train" if i < train else "val"
+            path = root / split / f"digit{label}" / f"{i:03}.png"
+            _save(path, image * (255 / 16), side)
     return root
 
 
 def write_patches(root: Path, train: int = 8, val: int = 3, side: int = 64) -> Path:
-    """The same layout, of two classes: patches of a temple's and of a flower's photograph, JPEG."""
+    """Write patches of a temple's and a flower's photograph as JPEG, in folders as above."""
     for name, photograph in zip(("temple", "flower"), load_sample_images().images, strict=True):
         corners = [(y, x) for y in range(0, 256, side) for x in range(0, 512, side)]
         for i, (y, x) in enumerate(corners[: train + val]):
-            part = "train" if i < train else "val"
-            patch = photograph[y : y + side, x : x + side]  # (side, side, 3), of 0 to 255
-            _save(root / part / name / f"{i:03}.jpg", patch, side)
+            split = "train" if i < train else "val"
+            patch = photograph[y : y + side, x : x + side]  # (side, side, 3) in [0, 255]
+            _save(root / split / name / f"{i:03}.jpg", patch, side)
     return root
 
 
@@ -45,34 +57,31 @@ def _save(path: Path, pixels: np.ndarray, side: int) -> None:
     image.resize((side, side), Image.Resampling.BILINEAR).save(path)
 
 
-DIGIT, DISC, TRIANGLE = 3, 40, 7  # ids as in COCO: not from 1, with gaps, in no order
-CATEGORIES = [(DISC, "disc"), (DIGIT, "digit"), (TRIANGLE, "triangle")]
-SIZES = ((96, 80), (80, 96), (96, 96))  # width, height, in turn
-
-
 def write_coco(root: Path, train: int = 8, val: int = 5) -> Path:
-    """DATA/{train,val}2017/*.jpg and DATA/annotations/instances_{train,val}2017.json.
+    """Write root/{train,val}2017/*.jpg and root/annotations/instances_{train,val}2017.json.
 
-    Patches of two photographs with a bright digit (RLE), a red disc and a blue triangle (polygons)
-    in each. The last image of each part has no object, the first a crowd, and the first to train on
-    a box without width.
+    The images are patches of two photographs, each with a bright digit (RLE), a red disc and a blue
+    triangle (polygons). The last image of each split has no object, the first one a crowd, and the
+    first training image also a box of width 0.
     """
     first = 0
-    for part, count in (("train", train), ("val", val)):
-        content = _part(root / f"{part}2017", first, count)
-        path = root / "annotations" / f"instances_{part}2017.json"
+    for split, count in (("train", train), ("val", val)):
+        content = _write_split(root / f"{split}2017", first, count)
+        path = root / "annotations" / f"instances_{split}2017.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
         first += count
     return root
 
 
-def annotations_of(root: Path, part: str) -> tuple[Path, dict[str, Any]]:
-    path = root / "annotations" / f"instances_{part}2017.json"
+def load_annotations(root: Path, split: str) -> tuple[Path, dict[str, Any]]:
+    """Return the path and the content of a split's annotation file."""
+    path = root / "annotations" / f"instances_{split}2017.json"
     return path, json.loads(path.read_text())
 
 
-def _part(folder: Path, first: int, count: int) -> dict[str, Any]:
+def _write_split(folder: Path, first: int, count: int) -> dict[str, Any]:
+    """Write the images from the number ``first`` on, and return their annotations."""
     folder.mkdir(parents=True)
     images, annotations = [], []
     for number in range(first, first + count):
@@ -81,14 +90,14 @@ def _part(folder: Path, first: int, count: int) -> dict[str, Any]:
         entry = {"id": 1000 + 7 * number, "file_name": f"{number:012}.jpg"}
         entry |= {"width": width, "height": height}
         images.append(entry)
-        found = []
+        objects = []
         if number < first + count - 1:
-            found = [_digit(image, number), _disc(image, number), _triangle(image, number)]
+            objects = [_digit(image, number), _disc(image, number), _triangle(image, number)]
         if number == first:
-            found.append(_crowd(width, height))
+            objects.append(_crowd(width, height))
         if number == 0:
-            found.append(dict(found[0], bbox=[5.0, 5.0, 0.0, 9.0], area=0.0))
-        annotations += [{"id": 0, "image_id": entry["id"], **one} for one in found]
+            objects.append(dict(objects[0], bbox=[5.0, 5.0, 0.0, 9.0], area=0.0))
+        annotations += [{"id": 0, "image_id": entry["id"], **each} for each in objects]
         image.save(folder / entry["file_name"], quality=95)
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = 11 * number
@@ -97,7 +106,7 @@ def _part(folder: Path, first: int, count: int) -> dict[str, Any]:
 
 
 def _patch(number: int, width: int, height: int) -> Image.Image:
-    """Of the photograph's own contrast, halved, so that what is put in stands out."""
+    """Return a patch of a photograph with reduced contrast, so that drawn objects stand out."""
     photograph = load_sample_images().images[number % 2]
     x, y = 37 * number % (640 - width), 53 * number % (427 - height)
     pixels = 60 + photograph[y : y + height, x : x + width] // 4
@@ -105,7 +114,7 @@ def _patch(number: int, width: int, height: int) -> Image.Image:
 
 
 def _digit(image: Image.Image, number: int) -> dict[str, Any]:
-    """32x32 pixels in the upper left quarter; its mask is uncompressed RLE."""
+    """Draw a digit of 32x32 pixels in the upper left quarter; its mask is uncompressed RLE."""
     digit = Image.fromarray((load_digits().images[number] * (255 / 16)).astype(np.uint8))
     digit = digit.resize((32, 32), Image.Resampling.BILINEAR)
     x, y = 3 + 2 * (number % 4), 4 + 3 * (number % 3)
@@ -115,11 +124,11 @@ def _digit(image: Image.Image, number: int) -> dict[str, Any]:
     rows, columns = np.nonzero(mask)
     left, top = columns.min(), rows.min()
     box = [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
-    return _annotation(DIGIT, box, mask.sum(), _runs(mask))
+    return _annotation(DIGIT, box, mask.sum(), _rle(mask))
 
 
 def _disc(image: Image.Image, number: int) -> dict[str, Any]:
-    """Of 20 to 26 pixels, in the lower half; its outline is a polygon."""
+    """Draw a disc of 20 to 26 pixels in the lower half; its outline is a polygon."""
     radius = 10 + number % 4
     x, y = 14 + 3 * (number % 5), image.height - 16 - number % 3
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
@@ -130,7 +139,7 @@ def _disc(image: Image.Image, number: int) -> dict[str, Any]:
 
 
 def _triangle(image: Image.Image, number: int) -> dict[str, Any]:
-    """In the right half; its box reaches out of every third image."""
+    """Draw a triangle in the right half; in every third image its box exceeds the image."""
     side = 26 + 2 * (number % 3)
     x = image.width - side + (4 if number % 3 == 0 else -2)
     y = 20 + 4 * (number % 4)
@@ -140,10 +149,11 @@ def _triangle(image: Image.Image, number: int) -> dict[str, Any]:
 
 
 def _crowd(width: int, height: int) -> dict[str, Any]:
+    """Return a crowd that covers the lower right quarter."""
     mask = np.zeros((height, width), np.uint8)
     mask[height // 2 :, width // 2 :] = 1
     box = [width // 2, height // 2, width - width // 2, height - height // 2]
-    return _annotation(DISC, box, mask.sum(), _runs(mask)) | {"iscrowd": 1}
+    return _annotation(DISC, box, mask.sum(), _rle(mask)) | {"iscrowd": 1}
 
 
 def _annotation(category: int, box: list[Any], area: float, segmentation: Any) -> dict[str, Any]:
@@ -156,8 +166,8 @@ def _annotation(category: int, box: list[Any], area: float, segmentation: Any) -
     }
 
 
-def _runs(mask: np.ndarray) -> dict[str, Any]:
-    """Lengths of runs of equal pixels, column by column, of zeros first."""
+def _rle(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a mask (H, W) as COCO's uncompressed RLE: run lengths by columns, zeros first."""
     pixels = np.concatenate([[0], mask.ravel(order="F"), [2]])
     ends = np.flatnonzero(np.diff(pixels))
     counts = np.diff(ends, prepend=0)
@@ -165,10 +175,10 @@ def _runs(mask: np.ndarray) -> dict[str, Any]:
 
 
 def write_backbone(path: Path, classes: int = 7) -> ef.EPSANet:
-    """An EPSANet-50 in the official layout, whose norms are as in a trained one.
+    """Write a checkpoint of an EPSANet-50 in the official layout, and return the model.
 
-    They know the activations' mean and variance, and add little to a residual, so that frozen norms
-    keep the activations in bounds.
+    Its norms have the activations' mean and variance, and a small scale where they are added to the
+    residual, as in a trained network: so activations stay bounded when the norms are frozen.
     """
     torch.manual_seed(0)
     model = ef.epsanet50(num_classes=classes)

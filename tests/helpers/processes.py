@@ -1,4 +1,4 @@
-"""Run scripts, recipes and the code in README as users do."""
+"""Run benchmarks and recipes as users do, and read what they write and what the documents show."""
 
 from __future__ import annotations
 
@@ -15,72 +15,75 @@ from typing import Any
 
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-PNG = b"\x89PNG\r\n\x1a\n"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+RECIPES = ROOT / "recipes"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG file
+Argument = str | Path | int | float
+# Code that needs timm, torchvision or onnx, which only the integrations' environment has.
+_NEEDS_MORE = re.compile(r"integrations|onnx")
+
+
+def _environment_without_gpu() -> dict[str, str]:
+    """Return an environment in which no GPU is visible and Triton's interpreter is off."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    env.pop("TRITON_INTERPRET", None)
+    return env
 
 
 def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A real process that finds no GPU, and in which Triton isn't interpreted."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    env.pop("TRITON_INTERPRET", None)
+    """Run a script of benchmarks/ in a process without a GPU."""
     command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+    env = _environment_without_gpu()
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def one_thread_environment() -> dict[str, str]:
+    """Return an environment without a GPU and with one thread, whose sums are reproducible."""
+    return _environment_without_gpu() | {"OMP_NUM_THREADS": "1"}
 
 
-def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it hasn't ended."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-Arguments = "str | Path | int | float"
-
-
-def command(name: str, *arguments: Arguments, processes: int = 1) -> list[str]:
-    """Several processes are started by torchrun, on a port of its own choice."""
+def recipe_command(name: str, *arguments: Argument, processes: int = 1) -> list[str]:
+    """Return the command line of a recipe; torchrun starts several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     start = [sys.executable, *(launcher if processes > 1 else [])]
     return [*start, str(RECIPES / name), *map(str, arguments)]
 
 
-def environment() -> dict[str, str]:
-    """One thread, whose sums come out the same each time; no GPU; Triton isn't interpreted."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env.pop("TRITON_INTERPRET", None)
-    return env
-
-
-def recipe(
-    name: str, *arguments: Arguments, processes: int = 1
+def run_recipe(
+    name: str, *arguments: Argument, processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
+    """Run a script of recipes/ to its end, on one thread without a GPU."""
     return subprocess.run(
-        command(name, *arguments, processes=processes),
+        recipe_command(name, *arguments, processes=processes),
         capture_output=True,
         text=True,
-        env=environment(),
+        env=one_thread_environment(),
         timeout=300,
         check=False,
     )
 
 
-def stop_in_the_middle(
-    number: signal.Signals, progress: str, name: str, *arguments: Arguments, errors: Path
+def interrupt_recipe(
+    number: signal.Signals, progress: str, name: str, *arguments: Argument, errors: Path
 ) -> tuple[int, str]:
-    """Send a signal once the pattern is in stderr, kept in ``errors``: exit status and stderr.
+    """Run a recipe and send it a signal as soon as its stderr matches a pattern.
 
-    SIGINT goes to the workers of the DataLoader, too, as Ctrl-C does.
+    SIGINT goes to the DataLoader workers, too, as Ctrl-C does.
+
+    Args:
+        progress: the regular expression to wait for.
+        errors: the file that stderr is written to.
+
+    Returns:
+        Exit status and stderr.
     """
+    command = recipe_command(name, *arguments)
     with errors.open("wb") as file:
         process = subprocess.Popen(
-            command(name, *arguments), stderr=file, env=environment(), start_new_session=True
+            command, stderr=file, env=one_thread_environment(), start_new_session=True
         )
     deadline = time.monotonic() + 120
     while not re.search(progress, errors.read_text()):
@@ -94,20 +97,37 @@ def stop_in_the_middle(
     return process.wait(timeout=60), errors.read_text()
 
 
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and hasn't ended."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
-def numbers(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's log, but for its speed."""
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reproducible_rows(folder: Path) -> list[dict[str, str]]:
+    """Read the rows of a run's log.csv without the speed."""
     return [
         {k: v for k, v in r.items() if k != "images_per_s"} for r in rows_of(folder / "log.csv")
     ]
 
 
-def assert_same_weights(found: Path, expected: Path, rtol: float = 0, atol: float = 0) -> None:
-    """All that a checkpoint holds of the model and the optimizer, bit by bit by default."""
-    a, b = load(found), load(expected)
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint on the CPU, tensors and plain values only."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def assert_same_training_state(
+    found: Path, expected: Path, rtol: float = 0, atol: float = 0
+) -> None:
+    """Check that two checkpoints hold the same model and optimizer, by default bit by bit."""
+    a, b = load_checkpoint(found), load_checkpoint(expected)
     for part in ("state_dict", "raw_state_dict"):
         assert (part in a) == (part in b)
         if part in b:
@@ -116,19 +136,13 @@ def assert_same_weights(found: Path, expected: Path, rtol: float = 0, atol: floa
     torch.testing.assert_close(*momenta, rtol=rtol, atol=atol)
 
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What runs where timm, torchvision and onnx are installed; the rest runs everywhere.
-_NEEDS_MORE = re.compile(r"integrations|onnx")
-
-
 def python_blocks(page: Path, needs_more: bool) -> list[str]:
-    """The Python blocks of a page that need more than this package, or those that don't."""
+    """Return a page's Python blocks that need timm, torchvision or onnx, or those that don't."""
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     return [block for block in blocks if bool(_NEEDS_MORE.search(block)) is needs_more]
 
 
 def commands(page: Path, program: str) -> list[list[str]]:
-    """The command lines of a page, indented by four, that start with this program."""
+    """Return a page's command lines, indented by four, that start with this program."""
     lines = re.findall(rf"^    ({re.escape(program)} .*)$", page.read_text(), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]

@@ -1,4 +1,4 @@
-"""The code and commands of README that need timm, torchvision or onnx."""
+"""README's code and commands that need timm, torchvision or onnx run as they are written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.datasets import write_backbone, write_coco, write_digits
-from helpers.processes import PAGES, ROOT, commands, environment, python_blocks
+from helpers.processes import PAGES, ROOT, commands, one_thread_environment, python_blocks
 
 import epsanet_fused as ef
 
 README = PAGES[0]
 
 
-# The exporter's own, inside.
+# The exporter's own warnings.
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +36,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("epsanet50.onnx").stat().st_size > 0
 
 
-# So small that a CPU is done in seconds.
+# Options that make a command end in seconds on a CPU.
 SMALL = {
     "classification": "--epochs 1 --batch-size 8 --image-size 32 --workers 0",
     "detection": "--epochs 1 --batch-size 2 --min-size 64 --max-size 96 --workers 0 --lr 1e-4",
@@ -44,11 +44,21 @@ SMALL = {
 
 
 def run(command: list[str], folder: Path, *more: str) -> str:
-    """One of README's commands, with its python, in a folder that has what it names."""
+    """Run a command of README with further options, and return its stdout.
+
+    Args:
+        command: "python" and its arguments.
+        folder: holds the files that the command names.
+    """
     done = subprocess.run(
-        [sys.executable, *command[1:], *more], cwd=folder, env=environment(),
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, *command[1:], *more],
+        cwd=folder,
+        env=one_thread_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,10 +69,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_command_with_python_is_run() -> None:
+def test_every_python_command_of_readme_has_a_test() -> None:
     scripts = [re.split(r"[./ ]", " ".join(c))[1:3] for c in commands(README, "python")]
     assert [s for s in scripts if s[0] == "recipes"] == [["recipes", name] for name in SMALL]
-    assert len(commands(README, "python")) == len(SMALL) + 2  # timm's, below, and the self-check
+    assert len(commands(README, "python")) == len(SMALL) + 2  # timm's command, and the self-check
 
 
 def test_the_command_of_the_recipe_for_classification_runs_and_resumes(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the recipe for classification refuses: one line that names it, no traceback."""
+"""recipes/classification.py ends with a one-line error, not a traceback, on bad input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import classification
 import pytest
 import torch
 from helpers.datasets import write_digits
-from helpers.processes import recipe
+from helpers.processes import run_recipe
 
 import epsanet_fused as ef
 
@@ -22,8 +22,9 @@ def data(tmp_path: Path) -> Path:
     return write_digits(tmp_path / "data", classes=2, train=4, val=2)
 
 
-def refused(message: str, *arguments: object, status: int = 2) -> None:
-    done = recipe("classification.py", *arguments)
+def check_error(message: str, *arguments: object, status: int = 2) -> None:
+    """Run the recipe and check its exit status and the last line of stderr."""
+    done = run_recipe("classification.py", *arguments)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -31,43 +32,49 @@ def refused(message: str, *arguments: object, status: int = 2) -> None:
     assert message in last
 
 
-def _no_val(data: Path) -> None:
+def _remove_val(data: Path) -> None:
     shutil.rmtree(data / "val")
 
 
-def _no_class(data: Path) -> None:
+def _remove_classes(data: Path) -> None:
     shutil.rmtree(data / "train")
     (data / "train").mkdir()
 
 
-def _empty_class(data: Path) -> None:
+def _empty_a_class(data: Path) -> None:
     for path in (data / "train" / "digit1").iterdir():
         path.unlink()
 
 
-def _other_classes(data: Path) -> None:
+def _rename_a_class(data: Path) -> None:
     (data / "val" / "digit1").rename(data / "val" / "nought")
 
 
-def _torn_image(data: Path) -> None:
+def _truncate_an_image(data: Path) -> None:
     path = data / "train" / "digit1" / "002.png"
     path.write_bytes(path.read_bytes()[:60])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
-        (_no_val, "data must hold a folder val, which isn't there"),
-        (_no_class, "train must hold a folder of images for each class: Couldn't find any class"),
-        (_empty_class, "Found no valid file for the classes digit1"),
-        (_other_classes, "must have the same classes; only one of them has digit1, nought"),
-        (_torn_image, "train/digit1/002.png: image file is truncated; no epoch was finished"),
+        (_remove_val, "data must hold a folder val, which isn't there"),
+        (
+            _remove_classes,
+            "train must hold a folder of images for each class: Couldn't find any class",
+        ),
+        (_empty_a_class, "Found no valid file for the classes digit1"),
+        (_rename_a_class, "must have the same classes; only one of them has digit1, nought"),
+        (
+            _truncate_an_image,
+            "train/digit1/002.png: image file is truncated; no epoch was finished",
+        ),
     ],
 )
-def test_data(spoil: Callable[[Path], None], message: str, data: Path, tmp_path: Path) -> None:
-    spoil(data)
-    # With a worker: what goes wrong there has to come out as one line, too.
-    refused(message, data, "--out", tmp_path / "out", *SMALL, "--workers", 1)
+def test_bad_data(damage: Callable[[Path], None], message: str, data: Path, tmp_path: Path) -> None:
+    damage(data)
+    # With a worker: its error must become one line, too.
+    check_error(message, data, "--out", tmp_path / "out", *SMALL, "--workers", 1)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +86,10 @@ def test_data(spoil: Callable[[Path], None], message: str, data: Path, tmp_path:
         (["--eval"], "--eval needs --weights FILE or --resume FILE"),
     ],
 )
-def test_arguments(arguments: list[object], message: str, data: Path, tmp_path: Path) -> None:
-    refused(message, data, "--out", tmp_path / "out", *SMALL, *arguments)
+def test_bad_combinations(
+    arguments: list[object], message: str, data: Path, tmp_path: Path
+) -> None:
+    check_error(message, data, "--out", tmp_path / "out", *SMALL, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -97,42 +106,42 @@ def test_arguments(arguments: list[object], message: str, data: Path, tmp_path: 
         ([".", "--resume", __file__, "--weights", __file__], "not allowed with argument --resume"),
     ],
 )
-def test_values(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the command's function, as this is over before anything begins."""
+def test_bad_values(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: the parser ends before the recipe begins."""
     with pytest.raises(SystemExit) as caught:
         classification.main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_file_that_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint(data: Path, tmp_path: Path) -> None:
     (path := tmp_path / "file").write_bytes(b"no checkpoint")
     arguments = ("--weights", path, "--out", tmp_path / "out", *SMALL)
-    refused(f"--weights {path} is torn, or holds more than tensors", data, *arguments)
+    check_error(f"--weights {path} is torn, or holds more than tensors", data, *arguments)
 
 
 def test_weights_of_another_network(data: Path, tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, path := tmp_path / "file")
     arguments = ("--resume", path, "--out", tmp_path / "out")
-    refused("does not fit the model: missing bn1.weight", data, *arguments, *SMALL)
+    check_error("does not fit the model: missing bn1.weight", data, *arguments, *SMALL)
 
 
 def test_a_checkpoint_of_other_classes(data: Path, tmp_path: Path) -> None:
     model = ef.epsanet50(num_classes=len(list((data / "val").iterdir())))
     state = {"state_dict": model.state_dict(), "epoch": 1, "options": {"classes": ["cat", "dog"]}}
     torch.save(state, path := tmp_path / "file")
-    refused("was trained on other classes", data, "--eval", "--resume", path, *SMALL)
+    check_error("was trained on other classes", data, "--eval", "--resume", path, *SMALL)
     arguments = ("--resume", path, "--out", tmp_path / "out", *SMALL)
-    refused("was trained on the classes cat, dog, and the data have", data, *arguments)
+    check_error("was trained on the classes cat, dog, and the data have", data, *arguments)
 
 
-def test_the_folder_of_another_run(data: Path, tmp_path: Path) -> None:
+def test_an_output_folder_of_another_run(data: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth.tar").write_bytes(b"of another run")
-    refused("holds the checkpoint of another run", data, "--out", tmp_path, *SMALL)
+    check_error("holds the checkpoint of another run", data, "--out", tmp_path, *SMALL)
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == b"of another run"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused("the loss became nan", data, "--lr", 1e25, "--out", out, *SMALL, status=1)
+    check_error("the loss became nan", data, "--lr", 1e25, "--out", out, *SMALL, status=1)
     assert list(out.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What the recipe for detection makes of a set in COCO's format, and of a detector's results."""
+"""Datasets in COCO's format become the right targets, and detections the right scores."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cocoscores import average_precision, results_of
-from cocoset import EvaluationSet, TrainingSet, Truth, check_categories, read_truth
+from coco_dataset import (
+    CocoAnnotations,
+    EvaluationDataset,
+    TrainingDataset,
+    check_same_categories,
+    read_annotations,
+)
+from coco_metrics import average_precision, to_coco_results
 from detection import build, learning_rate, parse_arguments
-from helpers.datasets import DIGIT, DISC, TRIANGLE, annotations_of, write_coco
+from distributed import InputError, SampleError, SeededDataset
+from helpers.datasets import DIGIT, DISC, TRIANGLE, load_annotations, write_coco
 from imagefolder import read_image
 from PIL import Image
-from processes import InputError, SampleError, Seeded
 
 CATEGORIES = [DIGIT, TRIANGLE, DISC]
-Spoil = Callable[[dict[str, Any]], Any]
+Damage = Callable[[dict[str, Any]], Any]
 
-# pycocotools is compiled for an older NumPy: its masks don't know the argument "copy".
+# pycocotools is compiled for an older NumPy, whose __array__ has no argument "copy".
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 
 
@@ -31,28 +37,28 @@ def data(tmp_path: Path) -> Path:
     return write_coco(tmp_path / "data", train=5, val=2)
 
 
-def truth_of(data: Path, part: str = "train", masks: bool = True) -> Truth:
-    path = data / "annotations" / f"instances_{part}2017.json"
-    return read_truth(path, data / f"{part}2017", masks)
+def read_split(data: Path, split: str = "train", masks: bool = True) -> CocoAnnotations:
+    path = data / "annotations" / f"instances_{split}2017.json"
+    return read_annotations(path, data / f"{split}2017", masks)
 
 
-def unflipped(data: Path) -> TrainingSet:
-    train = TrainingSet(truth_of(data), masks=True)
+def unflipped(data: Path) -> TrainingDataset:
+    train = TrainingDataset(read_split(data), masks=True)
     train.transform.transforms[0].p = 0.0
     return train
 
 
 def test_training_items_are_the_objects(data: Path) -> None:
-    """No crowd, no box without width, no image without objects; boxes end with the image."""
+    """Crowds, boxes without width and images without objects are dropped; boxes are clipped."""
     train = unflipped(data)
-    content = annotations_of(data, "train")[1]
+    content = load_annotations(data, "train")[1]
     assert train.ids == [image["id"] for image in content["images"][:4]]
     for image_id, (image, target) in zip(train.ids, (train[n] for n in range(4)), strict=True):
         entry = next(i for i in content["images"] if i["id"] == image_id)
         height, width = entry["height"], entry["width"]
         assert image.shape == (3, height, width)
         assert image.dtype == torch.float32
-        assert target["labels"].tolist() == [1, 3, 2]  # 3, 40, 7 among 3, 7, 40
+        assert target["labels"].tolist() == [1, 3, 2]  # category ids 3, 40, 7 of 3, 7, 40
         assert target["masks"].shape == (3, height, width)
         own = [a for a in content["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
         expected = [a["bbox"] for a in own if a["bbox"][2] > 0]
@@ -68,12 +74,15 @@ def test_training_items_are_the_objects(data: Path) -> None:
     assert disc[2].mean() < 0.2
 
 
-def test_half_of_the_images_are_mirrored_whole(data: Path) -> None:
-    plain, mirrored = unflipped(data), Seeded(TrainingSet(truth_of(data), masks=True), seed=3)
+def test_half_of_the_images_are_flipped_with_their_targets(data: Path) -> None:
+    plain, flipped = (
+        unflipped(data),
+        SeededDataset(TrainingDataset(read_split(data), masks=True), seed=3),
+    )
     flips = 0
     for epoch in range(20):
-        image, target = mirrored[epoch, 0]
-        again, _ = mirrored[epoch, 0]
+        image, target = flipped[epoch, 0]
+        again, _ = flipped[epoch, 0]
         assert torch.equal(image, again)
         expected, own = plain[0]
         if torch.equal(image, expected):
@@ -88,22 +97,22 @@ def test_half_of_the_images_are_mirrored_whole(data: Path) -> None:
 
 
 def test_every_image_is_evaluated(data: Path) -> None:
-    val = EvaluationSet(truth_of(data, "val"))
-    content = annotations_of(data, "val")[1]
+    val = EvaluationDataset(read_split(data, "val"))
+    content = load_annotations(data, "val")[1]
     assert [val[n][1] for n in range(len(val))] == [image["id"] for image in content["images"]]
     image = np.asarray(Image.open(data / "val2017" / content["images"][0]["file_name"]))
     expected = torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)
     torch.testing.assert_close(val[0][0], expected)
 
 
-def perfect(truth: Truth, reported: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """The results of a detector that finds all there is, reported as of these categories."""
+def perfect(annotations: CocoAnnotations, reported: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of a perfect detector, whose labels are mapped to these categories."""
     results: dict[str, list[dict[str, Any]]] = {"box": [], "mask": []}
-    for image_id in truth.coco.imgs:
-        own = [a for a in truth.coco.imgToAnns[image_id] if not a["iscrowd"]]
+    for image_id in annotations.coco.imgs:
+        own = [a for a in annotations.coco.imgToAnns[image_id] if not a["iscrowd"]]
         x, y, w, h = torch.tensor([a["bbox"] for a in own]).reshape(-1, 4).unbind(1)
-        image = truth.coco.imgs[image_id]
-        masks = [truth.coco.annToMask(a) for a in own]
+        image = annotations.coco.imgs[image_id]
+        masks = [annotations.coco.annToMask(a) for a in own]
         masks = np.array(masks, np.float32).reshape(-1, 1, image["height"], image["width"])
         found = {
             "boxes": torch.stack([x, y, x + w, y + h], dim=1),
@@ -111,16 +120,16 @@ def perfect(truth: Truth, reported: list[int]) -> dict[str, list[dict[str, Any]]
             "scores": torch.linspace(0.9, 0.6, len(own)),
             "masks": torch.from_numpy(masks) * 0.8,
         }
-        for kind, some in results_of(image_id, found, reported).items():
+        for kind, some in to_coco_results(image_id, found, reported).items():
             results[kind] += some
     return results
 
 
-def test_what_is_found_scores(data: Path) -> None:
-    """All found is 100; with two categories mixed up only the third is; nothing found is 0."""
-    truth = truth_of(data, "val")
-    assert truth.categories == CATEGORIES
-    averages = average_precision(truth.coco, perfect(truth, truth.categories))
+def test_average_precision_of_known_results(data: Path) -> None:
+    """100 % if all is found, a third if two of three categories are swapped, 0 without results."""
+    annotations = read_split(data, "val")
+    assert annotations.categories == CATEGORIES
+    averages = average_precision(annotations.coco, perfect(annotations, annotations.categories))
     assert list(averages) == [
         f"{kind}_{name}"
         for kind in ("box", "mask")
@@ -129,19 +138,19 @@ def test_what_is_found_scores(data: Path) -> None:
     for name in ("box_AP", "box_AP50", "mask_AP75", "mask_APs"):
         assert averages[name] == pytest.approx(100), name
     assert math.isnan(averages["box_APl"])
-    mixed = average_precision(truth.coco, perfect(truth, [TRIANGLE, DIGIT, DISC]))
+    mixed = average_precision(annotations.coco, perfect(annotations, [TRIANGLE, DIGIT, DISC]))
     assert mixed["box_AP"] == pytest.approx(100 / 3)
     assert mixed["mask_AP"] == pytest.approx(100 / 3)
-    nothing = average_precision(truth.coco, {"box": [], "mask": []})
+    nothing = average_precision(annotations.coco, {"box": [], "mask": []})
     assert nothing["box_AP"] == nothing["mask_AP50"] == 0
 
 
-def test_labels_of_no_category_are_left_out() -> None:
+def test_labels_without_a_category_are_dropped() -> None:
     found = {"boxes": torch.ones(3, 4), "labels": torch.tensor([0, 2, 3]), "scores": torch.ones(3)}
-    assert [r["category_id"] for r in results_of(5, found, [4, 8])["box"]] == [8]
+    assert [r["category_id"] for r in to_coco_results(5, found, [4, 8])["box"]] == [8]
 
 
-def test_published_schedule(tmp_path: Path) -> None:
+def test_the_defaults_are_the_published_schedule(tmp_path: Path) -> None:
     args = parse_arguments([str(tmp_path)])
     assert (args.epochs, args.batch_size, args.momentum, args.weight_decay) == (12, 16, 0.9, 1e-4)
     assert (args.min_size, args.max_size, args.trainable_layers) == (800, 1333, 3)
@@ -154,16 +163,16 @@ def test_published_schedule(tmp_path: Path) -> None:
     assert rates[11, 0] == pytest.approx(0.0002)
 
 
-def drop(kind: str, field: str) -> Spoil:
+def drop(kind: str, field: str) -> Damage:
     return lambda content: content[kind][1].pop(field)
 
 
-def put(kind: str, field: str, value: Any) -> Spoil:
+def put(kind: str, field: str, value: Any) -> Damage:
     return lambda content: content[kind][1].update({field: value})
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda c: c.pop("images"), "must hold an object with the lists images, annotations, cat"),
         (drop("images", "file_name"), r"images\[1\] must have id, file_name, width, height$"),
@@ -181,99 +190,108 @@ def put(kind: str, field: str, value: Any) -> Spoil:
         (put("images", "file_name", "no.jpg"), "names the image .*train2017/no.jpg, which isn't"),
     ],
 )
-def test_annotations_that_are_not_whole(data: Path, spoil: Spoil, message: str) -> None:
-    path, content = annotations_of(data, "train")
-    spoil(content)
+def test_incomplete_annotations_are_refused(data: Path, damage: Damage, message: str) -> None:
+    path, content = load_annotations(data, "train")
+    damage(content)
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
-        truth_of(data)
+        read_split(data)
 
 
-def test_a_file_that_is_not_json(data: Path) -> None:
-    path, _ = annotations_of(data, "train")
+def test_a_file_that_is_not_json_is_refused(data: Path) -> None:
+    path, _ = load_annotations(data, "train")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"can't read the annotations .*train2017\.json: Expect"):
-        truth_of(data)
+        read_split(data)
 
 
 def test_area_and_iscrowd_may_be_missing(data: Path) -> None:
-    path, content = annotations_of(data, "val")
+    path, content = load_annotations(data, "val")
     content["annotations"] = [a for a in content["annotations"] if not a["iscrowd"]]
     for number, annotation in enumerate(content["annotations"]):
         del annotation["area"], annotation["iscrowd"]
-        annotation["id"] = number  # from 0, which pycocotools takes for none
+        annotation["id"] = number  # from 0, which pycocotools treats as "no match"
     path.write_text(json.dumps(content))
-    truth = truth_of(data, "val")
-    averages = average_precision(truth.coco, perfect(truth, truth.categories))
+    annotations = read_split(data, "val")
+    averages = average_precision(annotations.coco, perfect(annotations, annotations.categories))
     assert averages["box_AP"] == pytest.approx(100)
     assert averages["mask_AP"] == pytest.approx(100)
 
 
-def edited(data: Path, edit: Callable[[dict[str, Any]], Any], masks: bool = True) -> Truth:
-    path, content = annotations_of(data, "train")
+def edited(
+    data: Path, edit: Callable[[dict[str, Any]], Any], masks: bool = True
+) -> CocoAnnotations:
+    path, content = load_annotations(data, "train")
     for annotation in content["annotations"]:
         edit(annotation)
     path.write_text(json.dumps(content))
-    return truth_of(data, masks=masks)
+    return read_split(data, masks=masks)
 
 
-def test_nothing_to_train_on(data: Path) -> None:
+def test_a_dataset_without_objects_is_refused(data: Path) -> None:
     crowds = edited(data, lambda a: a.update(iscrowd=1))
     with pytest.raises(InputError, match=r"train2017\.json must have objects to train on"):
-        TrainingSet(crowds, masks=False)
+        TrainingDataset(crowds, masks=False)
     with pytest.raises(InputError, match=r"train2017\.json must have objects to evaluate on"):
-        EvaluationSet(crowds)
+        EvaluationDataset(crowds)
 
 
 def test_without_masks_segmentations_are_neither_needed_nor_kept(data: Path) -> None:
-    truth = truth_of(data, masks=False)
-    assert not any("segmentation" in annotation for annotation in truth.coco.anns.values())
+    annotations = read_split(data, masks=False)
+    assert not any("segmentation" in annotation for annotation in annotations.coco.anns.values())
     edited(data, lambda a: a.pop("segmentation"), masks=False)
 
 
 @pytest.mark.parametrize(
     "segmentation",
     [
-        None, [], [["a", "b"]], [[1, 2, 3, 4]], {"size": [80, 96], "counts": [3, 4]},
-        {"size": [96, 80], "counts": [96 * 80]}, {"size": [80, 96], "counts": [-1, 80 * 96 + 1]},
+        None,
+        [],
+        [["a", "b"]],
+        [[1, 2, 3, 4]],
+        {"size": [80, 96], "counts": [3, 4]},
+        {"size": [96, 80], "counts": [96 * 80]},
+        {"size": [80, 96], "counts": [-1, 80 * 96 + 1]},
     ],
-)  # fmt: skip
+)
 def test_masks_need_segmentations(data: Path, segmentation: Any) -> None:
     with pytest.raises(InputError, match=r"annotations\[0\] must have a segmentation"):
         edited(data, lambda a: a.update(segmentation=segmentation))
 
 
-def test_compressed_runs_that_end_too_early(data: Path) -> None:
-    path, content = annotations_of(data, "train")
+def test_compressed_rle_that_ends_early_is_refused(data: Path) -> None:
+    path, content = load_annotations(data, "train")
     sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
     for annotation in content["annotations"]:
         annotation["segmentation"] = {"size": sizes[annotation["image_id"]], "counts": "34"}
     path.write_text(json.dumps(content))
     with pytest.raises(SampleError, match=r"can't read annotations\[\d+\].segmentation"):
-        TrainingSet(truth_of(data), masks=True)[0]
+        TrainingDataset(read_split(data), masks=True)[0]
 
 
-def test_an_image_of_another_size(data: Path) -> None:
+def test_an_image_of_another_size_is_refused(data: Path) -> None:
     path = next((data / "train2017").iterdir())
     for path in (data / "train2017").iterdir():
         Image.open(path).resize((50, 40)).save(path)
     with pytest.raises(SampleError, match=r"\.jpg has 50x40 pixels, but 96x80 in"):
-        TrainingSet(truth_of(data), masks=False)[0]
+        TrainingDataset(read_split(data), masks=False)[0]
 
 
-def test_categories_that_differ(data: Path) -> None:
-    path, content = annotations_of(data, "val")
+def test_splits_of_unequal_categories_are_refused(data: Path) -> None:
+    path, content = load_annotations(data, "val")
     content["categories"].append({"id": 91, "name": "more"})
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="must have the same categories; only one of them has 91"):
-        check_categories(truth_of(data), truth_of(data, "val"))
+        check_same_categories(read_split(data), read_split(data, "val"))
 
 
 @pytest.mark.parametrize("detector", ["fasterrcnn", "retinanet", "maskrcnn"])
-def test_mixed_precision_leaves_the_boxes_whole(data: Path, tmp_path: Path, detector: str) -> None:
-    """In 16 bits there are no odd pixels beyond 256."""
+def test_mixed_precision_keeps_the_boxes_in_float32(
+    data: Path, tmp_path: Path, detector: str
+) -> None:
+    """bfloat16 would round coordinates beyond 256 to even numbers."""
     args = parse_arguments([str(data), "--detector", detector, "--min-size", "320"])
-    model = build(args, truth_of(data)).eval()
+    model = build(args, read_split(data)).eval()
     model.score_thresh = 0.0  # RetinaNet's
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         [found] = model([torch.rand(3, 320, 480)])
@@ -283,7 +301,7 @@ def test_mixed_precision_leaves_the_boxes_whole(data: Path, tmp_path: Path, dete
     assert not torch.equal(boxes, boxes.bfloat16().float())
 
 
-def test_sixteen_bits_of_gray_are_scaled(tmp_path: Path) -> None:
+def test_16_bit_gray_images_are_scaled(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     pixels = np.asarray(read_image(str(tmp_path / "ramp.png")))

@@ -1,4 +1,4 @@
-"""Evaluation by the recipe for detection, in one process and in two, against a plain loop."""
+"""recipes/detection.py --eval agrees with a plain loop, in one process and in two."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.datasets import annotations_of, write_backbone, write_coco
-from helpers.processes import recipe
+from helpers.datasets import load_annotations, write_backbone, write_coco
+from helpers.processes import run_recipe
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -29,7 +29,7 @@ from epsanet_fused.integrations.torchvision import (
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # pycocotools is compiled for an older NumPy: its masks don't know the argument "copy".
+    # pycocotools is compiled for an older NumPy, whose __array__ has no argument "copy".
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy"),
 ]
 
@@ -44,7 +44,7 @@ CATEGORIES = [3, 7, 40]
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """Emptied after the module: a checkpoint has 160 MB."""
+    """A folder that is removed after the module: a checkpoint takes 160 MB."""
     with TemporaryDirectory() as name:
         yield Path(name)
 
@@ -56,7 +56,7 @@ def backbone(folder: Path) -> Path:
 
 
 def make_model(detector: str, backbone: Path) -> nn.Module:
-    """Its heads are untrained, but sure enough of something to report it."""
+    """Build a detector whose heads are untrained, with scores high enough to give detections."""
     torch.manual_seed(0)
     model = BUILDERS[detector](
         num_classes=4, weights_backbone=backbone, min_size=96, max_size=128
@@ -66,22 +66,22 @@ def make_model(detector: str, backbone: Path) -> nn.Module:
     return model
 
 
-def found_in(model: nn.Module, data: Path) -> dict[int, dict[str, Tensor]]:
-    """What the model finds in each image, read by Pillow and NumPy alone."""
+def detect(model: nn.Module, data: Path) -> dict[int, dict[str, Tensor]]:
+    """Return the model's detections by image id; the images are read with Pillow and NumPy."""
     found = {}
-    for entry in annotations_of(data, "val")[1]["images"]:
+    for entry in load_annotations(data, "val")[1]["images"]:
         pixels = np.asarray(Image.open(data / "val2017" / entry["file_name"])) / np.float32(255)
         with torch.no_grad():
             found[entry["id"]] = model([torch.from_numpy(pixels).permute(2, 0, 1)])[0]
     return found
 
 
-def make_truth(data: Path, found: dict[int, dict[str, Tensor]]) -> None:
-    """Objects where the model finds some, more or less, so that its average precision is some, too.
+def write_similar_objects(data: Path, found: dict[int, dict[str, Tensor]]) -> None:
+    """Replace the annotated objects by ones near the detections, for an average precision above 0.
 
-    Every third of what it finds, a box up to a tenth too wide, and a mask a pixel off.
+    Every third detection becomes an object; boxes are up to 10 % wider, masks a pixel to the right.
     """
-    path, content = annotations_of(data, "val")
+    path, content = load_annotations(data, "val")
     crowds = [a for a in content["annotations"] if a["iscrowd"]]
     content["annotations"] = crowds
     for image_id, one in found.items():
@@ -100,31 +100,38 @@ def make_truth(data: Path, found: dict[int, dict[str, Tensor]]) -> None:
 
 
 def encoded(mask: Tensor) -> dict[str, Any]:
-    """(H, W) of 0 to 1 -> compressed RLE."""
+    """Return a mask (H, W) in [0, 1] as compressed RLE."""
     code = rle.encode(np.asfortranarray((mask > 0.5).numpy().astype(np.uint8)))
     return {"size": code["size"], "counts": code["counts"].decode()}
 
 
+def expected_results(found: dict[int, dict[str, Tensor]], kind: str) -> list[dict[str, Any]]:
+    """Return the detections as COCO results of "box" or "mask"."""
+    results = []
+    for image_id, one in found.items():
+        if kind == "mask" and "masks" not in one:
+            continue
+        for n, label in enumerate(one["labels"].tolist()):
+            if label == 0:
+                continue
+            x1, y1, x2, y2 = one["boxes"][n].tolist()
+            result = {"image_id": image_id, "category_id": CATEGORIES[label - 1]}
+            result["score"] = one["scores"][n].item()
+            if kind == "box":
+                result["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+            else:
+                result["segmentation"] = encoded(one["masks"][n, 0])
+            results.append(result)
+    return results
+
+
 def expected_averages(data: Path, found: dict[int, dict[str, Tensor]]) -> dict[str, float]:
-    """By pycocotools, as its own demonstration goes."""
-    truth = COCO(str(annotations_of(data, "val")[0]))
+    """Compute the average precisions as pycocotools' demo does."""
+    annotations = COCO(str(load_annotations(data, "val")[0]))
     averages = {}
     for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
-        results = []
-        for image_id, one in found.items():
-            for n, label in enumerate(one["labels"].tolist()):
-                if label == 0 or (kind == "mask" and "masks" not in one):
-                    continue
-                x1, y1, x2, y2 = one["boxes"][n].tolist()
-                result = {"image_id": image_id, "category_id": CATEGORIES[label - 1]}
-                result["score"] = one["scores"][n].item()
-                if kind == "box":
-                    result["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-                else:
-                    result["segmentation"] = encoded(one["masks"][n, 0])
-                results.append(result)
-        if results:
-            evaluation = COCOeval(truth, truth.loadRes(results), iou_type)
+        if results := expected_results(found, kind):
+            evaluation = COCOeval(annotations, annotations.loadRes(results), iou_type)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -141,15 +148,15 @@ def averages_in(stdout: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("detector", BUILDERS)
 def test_average_precision(detector: str, folder: Path, backbone: Path, tmp_path: Path) -> None:
-    """One process and two report what a plain loop finds, in the last digit."""
+    """One process and two print the numbers of a plain loop."""
     data, model = write_coco(tmp_path / "data", train=1, val=4), make_model(detector, backbone)
-    found = found_in(model, data)
-    make_truth(data, found)
+    found = detect(model, data)
+    write_similar_objects(data, found)
     checkpoint = folder / f"{detector}.pth.tar"
     torch.save({"state_dict": model.state_dict()}, checkpoint)
     options = ("--detector", detector, "--eval", "--resume", checkpoint, *SMALL)
-    one = recipe("detection.py", data, *options, "--workers", 1)
-    two = recipe("detection.py", data, *options, "--workers", 0, processes=2)
+    one = run_recipe("detection.py", data, *options, "--workers", 1)
+    two = run_recipe("detection.py", data, *options, "--workers", 0, processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert "evaluate: 100%" in one.stderr
     expected = expected_averages(data, found)
@@ -171,7 +178,7 @@ def test_other_categories_are_refused(folder: Path, backbone: Path, tmp_path: Pa
     checkpoint = folder / "other.pth.tar"
     torch.save({"state_dict": state, "options": {"categories": [1, 2, 3]}}, checkpoint)
     options = ("--detector", "retinanet", "--eval", "--resume", checkpoint, *SMALL)
-    done = recipe("detection.py", data, *options)
+    done = run_recipe("detection.py", data, *options)
     assert done.returncode == 2
     assert "was trained on the categories [1, 2, 3], and " in done.stderr
     assert done.stderr.strip().endswith("has [3, 7, 40]")

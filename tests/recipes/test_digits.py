@@ -1,20 +1,17 @@
-"""The digits recipe, run as a user runs it."""
+"""recipes/digits.py trains both networks to the same losses, and reports runs that differ."""
 
 from __future__ import annotations
 
-import csv
 import subprocess
-import sys
 from pathlib import Path
 
+import digits
 import pytest
-from helpers.processes import PNG
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.py"
+from helpers.processes import PNG, recipe_command, rows_of
 
 
-def digits(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RECIPE), *map(str, arguments)]
+def run_digits(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
+    command = recipe_command("digits.py", *arguments)
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -22,9 +19,9 @@ def digits(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def short(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """Two epochs over a few images: too few to learn much."""
+    """A run of two epochs over a few images, and its folder."""
     out = tmp_path_factory.mktemp("digits")
-    return digits("--out", out, "--epochs", 2, "--images", 192, "--min-accuracy", 0), out
+    return run_digits("--out", out, "--epochs", 2, "--images", 192, "--min-accuracy", 0), out
 
 
 @pytest.mark.slow
@@ -33,8 +30,7 @@ def test_plain_and_fused_learn_the_same(short) -> None:
     done, out = short
     assert done.returncode == 0, done.stderr
     assert "the two runs agree" in done.stdout
-    with (out / "digits.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "digits.csv")
     assert len(rows) == 2 * (192 // 64)
     for row in rows:
         assert float(row["plain_loss"]) == pytest.approx(float(row["fused_loss"]), abs=1e-9)
@@ -47,15 +43,14 @@ def test_progress_table_and_plot(short) -> None:
     done, out = short
     assert "plain" in done.stderr
     assert "fused" in done.stderr
-    assert done.stdout.splitlines()[1].split() == [
-        "epoch", "plain", "fused", "difference", "plain", "fused",
-    ]  # fmt: skip
+    columns = ["epoch", "plain", "fused", "difference", "plain", "fused"]
+    assert done.stdout.splitlines()[1].split() == columns
     assert (out / "digits.png").read_bytes().startswith(PNG)
     assert {path.name for path in out.iterdir()} == {"digits.csv", "digits.png"}
 
 
-def test_too_little_accuracy_is_a_failure(tmp_path: Path) -> None:
-    done = digits("--out", tmp_path, "--epochs", 1, "--images", 64)
+def test_low_accuracy_is_a_failure(tmp_path: Path) -> None:
+    done = run_digits("--out", tmp_path, "--epochs", 1, "--images", 64)
     assert done.returncode == 1
     assert "not above 95.00%" in done.stderr
 
@@ -70,17 +65,15 @@ def test_too_little_accuracy_is_a_failure(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = digits("--out", tmp_path, *arguments)
+    done = run_digits("--out", tmp_path, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_runs_that_differ_are_a_failure() -> None:
-    import digits as recipe
-
-    same = recipe.Curve([1.0, 0.5], [0.97], 1.0)
-    assert recipe.complaints(same, same, 0.95) == []
+    same = digits.Curve([1.0, 0.5], [0.97], 1.0)
+    assert digits.find_failures(same, same, 0.95) == []
     other = same._replace(losses=[1.0, 0.5 + 2e-6])
-    assert "the losses differ by 2.0e-06" in recipe.complaints(same, other, 0.95)[0]
-    assert recipe.complaints(same, same._replace(losses=[1.0, float("nan")]), 0.95)
+    assert "the losses differ by 2.0e-06" in digits.find_failures(same, other, 0.95)[0]
+    assert digits.find_failures(same, same._replace(losses=[1.0, float("nan")]), 0.95)
