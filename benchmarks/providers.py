@@ -105,7 +105,7 @@ def _apart(workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepa
 
 def ran(choice: str, device: torch.device) -> str:
     """The name of the backend that a choice comes to."""
-    return resolve(choice, device.type).__name__.rpartition(".")[2]
+    return resolve(choice, device.type).name
 
 
 def _compiled(

@@ -199,7 +199,7 @@ def source(found: Grid, card: Card) -> list[str]:
         )
         lines += [
             f"    # {card.name}: {margins}",
-            f"    Row({card.arch}, {channels_last}, torch.{dtype}, {_pair(sizes)}, "
+            f"    TailRule({card.arch}, {channels_last}, torch.{dtype}, {_pair(sizes)}, "
             f'{_pair(batches)}, "{backend}"),',
         ]
     return lines

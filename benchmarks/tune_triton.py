@@ -46,7 +46,7 @@ from tune_cases import (
     trials,
 )
 
-from epsanet_fused.backends.triton import unavailable
+from epsanet_fused.backends.triton import unavailable_reason
 from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave
 
@@ -214,7 +214,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    if reason := unavailable(args.device.type):
+    if reason := unavailable_reason(args.device.type):
         print(f"tune_triton.py: the triton backend can't run here: {reason}", file=sys.stderr)
         return 2
     deadline = time.perf_counter() + args.seconds

@@ -1,8 +1,8 @@
-"""Which backend "auto" takes on a CUDA tensor, by measurement.
+"""The defaults of "auto": the backend for a device, and what measurements say otherwise.
 
-Nothing has been measured on a card yet, so the table is empty and ``triton`` runs everything. A row
-goes in when a card has shown, in a CSV under benchmarks/results/, that its backend is the faster
-one for all that the row covers.
+No measurement on a GPU exists yet, so ``CUDA_TABLE`` is empty and ``triton`` runs everything there.
+Add a rule when a CSV under benchmarks/results/ shows that its backend is the fastest one for all
+that the rule covers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from epsanet_fused.utils.memory_format import output_format
 
 
-class Problem(NamedTuple):
-    """What the time of a tail depends on."""
+class TailProblem(NamedTuple):
+    """The properties of a tail's inputs on which its time depends."""
 
     arch: int  # 90 for sm_90
     channels_last: bool
@@ -26,8 +26,8 @@ class Problem(NamedTuple):
     batch: int
 
 
-class Row(NamedTuple):
-    """The backend for these problems; None stands for any, ranges are inclusive."""
+class TailRule(NamedTuple):
+    """The fastest backend for some problems. None stands for any value; ranges are inclusive."""
 
     arch: int | None
     channels_last: bool | None
@@ -36,8 +36,9 @@ class Row(NamedTuple):
     batch: tuple[int, int]
     backend: str
 
-    def covers(self, problem: Problem) -> bool:
-        # Every call asks this of every row until one says yes: hence no loop.
+    def covers(self, problem: TailProblem) -> bool:
+        """Tell whether the rule is about this problem."""
+        # Written out: each call of the operator asks this of every rule until one answers yes.
         return (
             self.sample_bytes[0] <= problem.sample_bytes <= self.sample_bytes[1]
             and self.batch[0] <= problem.batch <= self.batch[1]
@@ -47,22 +48,31 @@ class Row(NamedTuple):
         )
 
 
-CUDA_TABLE: tuple[Row, ...] = ()
+# For a device type, the backends in the order in which "auto" tries them. Any other device type
+# gets "reference".
+PREFERRED: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
 
-# For a device type, the backend whose psa_tail_norm was measured there to be faster than tail, norm
-# and relu by themselves, forward and backward together, at the sizes of all four stages and in both
-# memory formats. "auto" takes it for a block in training. No card has been measured yet.
+# On CUDA tensors the first rule that covers a problem goes before PREFERRED.
+CUDA_TABLE: tuple[TailRule, ...] = ()
+
+# For a device type, the backend whose psa_tail_norm was measured to be faster there than tail, norm
+# and ReLU one after another: forward and backward together, at the sizes of all four stages and in
+# both memory formats. "auto" takes it for a block in training.
 NORM_TABLE: dict[str, str] = {"cpu": "cpu"}
 
 
-def describe(branches: Sequence[Tensor]) -> Problem:
+def describe(branches: Sequence[Tensor]) -> TailProblem:
+    """Return the problem that these branches pose, on the GPU that they are on."""
     x = branches[0]
     major, minor = torch.cuda.get_device_capability(x.device)
     sample_bytes = len(branches) * x[0].numel() * x.element_size() if x.shape[0] else 0
     channels_last = output_format(branches) == torch.channels_last
-    return Problem(10 * major + minor, channels_last, x.dtype, sample_bytes, x.shape[0])
+    return TailProblem(10 * major + minor, channels_last, x.dtype, sample_bytes, x.shape[0])
 
 
-def look_up(problem: Problem, table: Sequence[Row]) -> str | None:
-    """The first row's backend that covers the problem, or None."""
-    return next((row.backend for row in table if row.covers(problem)), None)
+def look_up(problem: TailProblem, table: Sequence[TailRule]) -> str | None:
+    """Return the backend of the first rule that covers the problem, or None."""
+    return next((rule.backend for rule in table if rule.covers(problem)), None)

@@ -1,72 +1,60 @@
-"""The ways to run the operator: the table of them, what can run here, and which one is chosen.
-
-A backend is a module or an object with three functions (``reference`` is the shortest example):
-
-- ``unavailable(device_type)``: why it can't run on such a device here, or None if it can;
-- ``forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)``
-  -> (out, squeeze, attention);
-- ``backward(grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-  branch_grads, fc_grads)`` -> (gradients of the branches, gradients of the four fc tensors),
-  each list empty where it isn't asked for.
-
-Arguments arrive checked, the fc weights as matrices (R, C) and (C, R). A room may be wrong about
-nothing but speed: shapes, strides and dtypes of what it returns are those of ops.py's fake kernels.
-
-A backend may also have the pair of psa_tail_norm, ``norm_forward`` and ``norm_backward``, with the
-arguments and results of its operators in norm_tail.py, less the backend's name.
-
-One that runs in the compiled library also has ``native_path``, the number that tells
-``psa_tail_native`` which kernels to run.
-"""
+"""Choose the backend that runs an operator, and report which backends can run on this machine."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from epsanet_fused.backends import defaults
+from epsanet_fused.backends import defaults, reference, triton
+from epsanet_fused.backends.compiled import CompiledBackend, CompiledCpuBackend
+from epsanet_fused.backends.interface import Backend
 
-NAMES = ("reference", "cpu", "triton", "cuda")
-# Parts of a backend, for measuring them against each other.
-VARIANTS = ("cuda:one_pass", "cuda:two_pass")
-# The rest are rooms of the compiled library.
-_MODULES = {"reference": "reference", "triton": "triton"}
-# For a device type, what "auto" takes: the first that can run.
-_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+# A new backend is one more line. A name with a colon is a part of a backend, for benchmarks.
+_BACKENDS: dict[str, Backend] = {
+    "reference": reference,
+    "cpu": CompiledCpuBackend("cpu", "cpu"),
+    "triton": triton,
+    "cuda": CompiledBackend("cuda", "cuda"),
+    "cuda:one_pass": CompiledBackend("cuda:one_pass", "cuda", path=1),
+    "cuda:two_pass": CompiledBackend("cuda:two_pass", "cuda", path=2),
+}
+NAMES = tuple(name for name in _BACKENDS if ":" not in name)
+VARIANTS = tuple(name for name in _BACKENDS if ":" in name)
+_CHOICES = ("auto", *_BACKENDS)
 
 ENV = "EPSANET_FUSED_BACKEND"
 # One choice for the whole process, as with torch.backends: torch.compile can guard on a global, but
 # can't trace a ContextVar.
-_chosen = os.environ.get(ENV, "auto")
+_choice = os.environ.get(ENV, "auto")
 
 
-class Backend(NamedTuple):
-    """Whether a backend can run on this machine, and if not, why."""
+class BackendStatus(NamedTuple):
+    """Availability of a backend on this machine; the reason is "" if it can run."""
 
     available: bool
     reason: str
 
 
-def list_backends() -> dict[str, Backend]:
-    """What can run here, and the reason for what cannot.
+def list_backends() -> dict[str, BackendStatus]:
+    """Return which backends can run on this machine, and for the others the reason.
 
     Returns:
-        For each backend's name a ``Backend(available, reason)``; the reason is "" if it can run.
+        For each backend's name a ``BackendStatus(available, reason)``. A backend is available if it
+        can run on the CPU or on the accelerator; its reason is "" then.
     """
     found = {}
     for name in NAMES:
-        reasons = [room(name).unavailable(device) for device in _device_types()]
+        reasons = [get_backend(name).unavailable_reason(device) for device in _device_types()]
         available = None in reasons
-        found[name] = Backend(available, "" if available else str(reasons[-1]))
+        found[name] = BackendStatus(available, "" if available else str(reasons[-1]))
     return found
 
 
@@ -74,108 +62,87 @@ def list_backends() -> dict[str, Backend]:
 def use_backend(name: str) -> Iterator[None]:
     """Run every ``psa_tail`` inside the ``with`` block, and its backward, by this backend.
 
-    Args:
-        name: "auto" takes the fastest that can run where the tensors are. "reference" takes the
-            operator out of the way altogether: plain PyTorch, which autograd differentiates to any
-            order and torch.func transforms. Any other backend raises an error where it can't run.
+    The choice holds for the process, not for the thread: don't open such blocks in several threads
+    at a time. The environment variable EPSANET_FUSED_BACKEND sets it from outside.
 
-    The choice is the process's, not the thread's: don't open such blocks in several threads at a
-    time. The environment variable EPSANET_FUSED_BACKEND
-    sets it from outside.
+    Args:
+        name: "auto" takes the fastest backend that can run where the tensors are. "reference" runs
+            plain PyTorch in place of the operator, which autograd differentiates to any order and
+            torch.func transforms. Any other backend raises an error where it can't run.
 
     Raises:
         ValueError: if there is no such backend.
     """
-    global _chosen
+    global _choice
     _check_name(name, "use_backend: name")
-    before, _chosen = _chosen, name
+    before, _choice = _choice, name
     try:
         yield
     finally:
-        _chosen = before
+        _choice = before
 
 
-def chosen() -> str:
-    """The name that the user asked for: "auto", unless told otherwise."""
-    if _leaves_the_package():
+def current_backend() -> str:
+    """Return the name that the user asked for: "auto" by default.
+
+    It is "reference" while TorchScript or ONNX traces, as the result must run without this package.
+
+    Raises:
+        ValueError: if the environment variable EPSANET_FUSED_BACKEND names no backend.
+    """
+    if _is_exporting():
         return "reference"
-    _check_name(_chosen, f"the environment variable {ENV}")
-    return _chosen
+    if _choice not in _CHOICES:
+        _check_name(_choice, f"the environment variable {ENV}")
+    return _choice
 
 
-def _leaves_the_package() -> bool:
-    """Whether a TorchScript trace or an ONNX file is being made, which are to run without it."""
+def _is_exporting() -> bool:
+    """Tell whether a TorchScript trace or an ONNX file is being made."""
     if torch.jit.is_tracing():
         return True
     return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-_leaves_the_package._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as with prefers_norm, below
-
-
-def resolve(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> Any:
-    """The backend that runs on such a device when the user asks for ``name``.
-
-    With the branches, "auto" can be the one that was measured to be the fastest for them.
-
-    Raises:
-        RuntimeError: if the one asked for can't run on such a device.
-    """
-    if name == "auto":
-        if device_type == "cuda" and branches and defaults.CUDA_TABLE:
-            name = defaults.look_up(defaults.describe(branches), defaults.CUDA_TABLE) or name
-        if name == "auto" or room(name).unavailable(device_type) is not None:
-            return _first_available(device_type)
-    if (reason := room(name).unavailable(device_type)) is not None:
-        raise RuntimeError(f"psa_tail: the backend {name!r} can't run here: {reason}")
-    return room(name)
-
-
-def resolve_norm(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> Any:
-    """The backend whose ``norm_forward`` and ``norm_backward`` run when the user asks for ``name``.
-
-    Raises:
-        RuntimeError: if the one asked for can't run on such a device, or lacks them.
-    """
-    found = resolve(name, device_type, branches)
-    if not hasattr(found, "norm_forward"):
-        if name != "auto":
-            raise RuntimeError(
-                f"psa_tail_norm: the backend {name!r} doesn't have it; 'auto' runs it in plain "
-                f"PyTorch where no other backend has it"
-            )
-        # What is the fastest for the tail may lack it.
-        found = _first_available(device_type)
-    return found if hasattr(found, "norm_forward") else room("reference")
-
-
-def prefers_norm(name: str, device_type: str) -> bool:
-    """Whether a block in training is to take psa_tail_norm when the user asks for ``name``."""
-    if name == "auto":
-        measured = defaults.NORM_TABLE.get(device_type)
-        return measured is not None and resolve(name, device_type) is room(measured)
-    if name == "reference" or room(name).unavailable(device_type) is not None:
-        return False
-    return hasattr(room(name), "norm_forward")
-
-
 # A constant to torch.compile, which can't trace it. torch.compiler.assume_constant_result sets the
 # same mark, but imports the whole compiler.
-prefers_norm._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def native_path(name: str, branches: Sequence[Tensor]) -> int | None:
-    """The ``path`` with which ``psa_tail_native`` is what this choice comes to, or None."""
-    return getattr(resolve(name, branches[0].device.type, branches), "native_path", None)
+def get_backend(name: str) -> Backend:
+    """Return the backend of this name, be it available or not."""
+    return _BACKENDS[name]
+
+
+def resolve(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> Backend:
+    """Return the backend that runs on such a device when the user asks for ``name``.
+
+    Args:
+        name: "auto" or a backend's name.
+        device_type: "cpu", "cuda", ...
+        branches: with them, "auto" takes the backend that was measured to be the fastest for them.
+
+    Raises:
+        RuntimeError: if the backend asked for can't run on such a device.
+    """
+    if name != "auto":
+        backend = _BACKENDS[name]
+        if (reason := backend.unavailable_reason(device_type)) is not None:
+            raise RuntimeError(f"psa_tail: the backend {name!r} can't run here: {reason}")
+        return backend
+    if device_type == "cuda" and branches and defaults.CUDA_TABLE:
+        fastest = defaults.look_up(defaults.describe(branches), defaults.CUDA_TABLE)
+        if fastest is not None and _BACKENDS[fastest].unavailable_reason(device_type) is None:
+            return _BACKENDS[fastest]
+    return _first_available(device_type, defaults.PREFERRED.get(device_type, ("reference",)))
 
 
 @functools.cache
-def _first_available(device_type: str) -> Any:
-    names = _PREFERRED.get(device_type, ("reference",))
+def _first_available(device_type: str, names: tuple[str, ...]) -> Backend:
     for name in names:
-        if (reason := room(name).unavailable(device_type)) is None:
-            return room(name)
-        # Slow without a word is what users of such libraries complain of most.
+        if (reason := _BACKENDS[name].unavailable_reason(device_type)) is None:
+            return _BACKENDS[name]
+        # The cache keeps this to one warning. Users must not become slower without notice.
         warnings.warn(
             f"epsanet_fused: the backend {name!r} can't run on {device_type} tensors ({reason}); "
             f"falling back to {names[-1]!r}, which is slower",
@@ -185,20 +152,13 @@ def _first_available(device_type: str) -> Any:
     raise AssertionError("unreachable: the reference backend runs everywhere")
 
 
-@functools.cache
-def room(name: str) -> Any:
-    """The backend, imported when first asked for."""
-    module = importlib.import_module(f"epsanet_fused.backends.{_MODULES.get(name, 'compiled')}")
-    return module if name in _MODULES else module.make_room(name)
-
-
 def _check_name(name: str, where: str) -> None:
-    if name not in ("auto", *NAMES, *VARIANTS):
+    if name not in _CHOICES:
         known = ", ".join(repr(n) for n in ("auto", *NAMES))
         raise ValueError(f"{where} must be one of {known}, got {name!r}")
 
 
 def _device_types() -> list[str]:
-    """The kinds of device on this machine, the accelerator last: its reasons tell the most."""
+    """The types of device on this machine, the accelerator last: its reasons tell the most."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

@@ -10,9 +10,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from epsanet_fused.backends.registry import chosen, prefers_norm
 from epsanet_fused.nn.fused_psa import FusedPSAModule
 from epsanet_fused.nn.psa import CONV_GROUPS, CONV_KERNELS, PSAModule
+from epsanet_fused.ops.psa_tail_norm import fuses_norm_by_default
 from epsanet_fused.utils.hooks import hooked
 
 NormLayer = Callable[[int], nn.Module]
@@ -85,7 +85,7 @@ class EPSABlock(nn.Module):
             and _is_plainly(self.bn2, nn.BatchNorm2d)
             and _is_plainly(self.relu, nn.ReLU)
             and not isinstance(x, torch.fx.Proxy)  # a tracer can't take a norm for an argument
-            and prefers_norm(chosen(), x.device.type)
+            and fuses_norm_by_default(x.device.type)
         )
 
 

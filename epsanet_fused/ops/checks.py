@@ -1,4 +1,4 @@
-"""The operators' arguments, checked once: errors name the argument, what came, what is accepted."""
+"""Check the operators' arguments: errors name the argument, what came and what is accepted."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from epsanet_fused.backends.interface import SEWeights
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def check_psa_tail(
     branches: Sequence[Tensor],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc: SEWeights,
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
 ) -> None:
     """Raise TypeError or ValueError unless psa_tail accepts these arguments."""
     _check_branches(branches)
-    first = branches[0]
-    C = first.shape[1]
-    # The hidden width R is whatever fc1_weight says; the other three have to agree with it.
-    _check_tensor("fc1_weight", fc1_weight, first)
+    _check_fc(fc, branches[0])
+    _check_vectors(branches, scale=scale, shift=shift)
+    if not isinstance(relu, bool):
+        raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
+    if scale is not None or shift is not None or relu:
+        _refuse_gradients([*branches, *fc, scale, shift])
+
+
+def _check_fc(fc: SEWeights, like: Tensor) -> None:
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = fc
+    C = like.shape[1]
+    # fc1_weight decides the number of hidden units R; the other three must agree with it.
+    _check_tensor("fc1_weight", fc1_weight, like)
     if fc1_weight.dim() not in (2, 4) or fc1_weight.shape[0] < 1:
         raise ValueError(
             f"psa_tail: fc1_weight must be (R, C, 1, 1) or (R, C) with R >= 1 and C = {C}, "
@@ -39,34 +47,21 @@ def check_psa_tail(
         ("fc2_weight", fc2_weight, [(C, R, 1, 1), (C, R)]),
         ("fc2_bias", fc2_bias, [(C,)]),
     ):
-        _check_tensor(name, tensor, first)
+        _check_tensor(name, tensor, like)
         _check_shape(name, tensor, *shapes)
-    check_vectors(branches, scale=scale, shift=shift)
-    if not isinstance(relu, bool):
-        raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
-    if scale is not None or shift is not None or relu:
-        tensors = [*branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift]
-        _refuse_gradients(tensors)
 
 
-def check_vectors(branches: Sequence[Tensor], **vectors: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless each has a number for each of the output's channels."""
+def _check_vectors(branches: Sequence[Tensor], **vectors: Tensor | None) -> None:
+    """Check that each vector has a number for each of the output's channels."""
     for name, vector in vectors.items():
         if vector is not None:
             _check_tensor(name, vector, branches[0])
             _check_shape(name, vector, (len(branches) * branches[0].shape[1],))
 
 
-def check_psa_tail_norm(
-    branches: Sequence[Tensor],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    norm: nn.BatchNorm2d,
-) -> None:
+def check_psa_tail_norm(branches: Sequence[Tensor], fc: SEWeights, norm: nn.BatchNorm2d) -> None:
     """Raise TypeError or ValueError unless psa_tail_norm accepts these arguments."""
-    check_psa_tail(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None, None, False)
+    check_psa_tail(branches, fc, None, None, False)
     if not isinstance(norm, nn.BatchNorm2d):
         raise TypeError(
             f"psa_tail_norm: norm must be a torch.nn.BatchNorm2d, got {type(norm).__name__}"
@@ -128,7 +123,7 @@ def _check_branches(branches: Sequence[Tensor]) -> None:
 def _check_tensor(name: str, value: Tensor, like: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"psa_tail: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in DTYPES:
+    if value.dtype not in _DTYPES:
         raise TypeError(f"psa_tail: {name} must be {_DTYPE_NAMES}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"psa_tail: {name} must be a dense tensor, got layout {value.layout}")
@@ -140,7 +135,7 @@ def _check_tensor(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def _check_shape(name: str, tensor: Tensor, *accepted: tuple[int, ...]) -> None:
-    # `shape in accepted` would say the same, but torch.compile can't trace it with dynamic sizes.
+    # Not `shape in accepted`: torch.compile can't trace that with dynamic sizes.
     if not any(tensor.shape == shape for shape in accepted):
         shapes = " or ".join(str(shape) for shape in accepted)
         raise ValueError(f"psa_tail: {name} must be {shapes}, got {tuple(tensor.shape)}")

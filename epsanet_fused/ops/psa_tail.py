@@ -1,45 +1,36 @@
-"""The operator: everything of a PSA module that follows its convolutions, and its backward.
+"""psa_tail: everything of a PSA module that follows its convolutions, and its backward.
 
-``psa_tail`` is what users call. Behind it is one pair of functional operators registered with
-torch.library; what the backward needs (squeeze and attention, both tiny) are outputs of the
-forward, so that compilers, checkpointing and CUDA graphs see all there is.
+Users call ``psa_tail``. It runs a pair of functional operators registered with torch.library, the
+forward and the backward. The backward needs squeeze and attention, both tiny; they are outputs of
+the forward, so that compilers, checkpointing and CUDA graphs see all of the operator's state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from epsanet_fused.backends import reference
-from epsanet_fused.backends.registry import chosen, native_path, resolve
+from epsanet_fused.backends.interface import SEWeights, empty_backward, empty_forward
+from epsanet_fused.backends.registry import current_backend, get_backend, resolve
 from epsanet_fused.ops.checks import check_psa_tail
-from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, empty_output
 
-ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
+_ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
 
-_FORWARD = (
-    "(Tensor[] branches, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
-    "Tensor fc2_bias, Tensor? scale, Tensor? shift, bool relu, {}) "
-    "-> (Tensor out, Tensor squeeze, Tensor attention)"
+_FC = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
+_SAVED = "Tensor squeeze, Tensor attention"
+_LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
+_LIBRARY.define(
+    f"psa_tail(Tensor[] branches, {_FC}, Tensor? scale, Tensor? shift, bool relu, str backend) "
+    f"-> (Tensor out, {_SAVED})"
 )
-_BACKWARD = (
-    "(Tensor grad, Tensor[] branches, Tensor squeeze, Tensor attention, "
-    "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, "
-    "bool branch_grads, bool fc_grads, {}) "
-    "-> (Tensor[] grad_branches, Tensor[] grad_fc)"
+_LIBRARY.define(
+    f"psa_tail_backward(Tensor grad, Tensor[] branches, {_SAVED}, {_FC}, "
+    "bool branch_grads, bool fc_grads, str backend) -> (Tensor[] grad_branches, Tensor[] grad_fc)"
 )
-LIBRARY = torch.library.Library("epsanet_fused", "DEF")
-LIBRARY.define("psa_tail" + _FORWARD.format("str backend"))
-LIBRARY.define("psa_tail_backward" + _BACKWARD.format("str backend"))
-# The compiled library's kernels, by themselves: no choice of backend, no autograd, no Python. The
-# fc weights may have the 1 x 1 of a convolution.
-LIBRARY.define("psa_tail_native" + _FORWARD.format("int path"))
-LIBRARY.define("psa_tail_native_backward" + _BACKWARD.format("int path"))
-LIBRARY.define("psa_tail_inference" + _FORWARD.format("int path").partition("->")[0] + "-> Tensor")
-_inference = torch.ops.epsanet_fused.psa_tail_inference.default
 
 
 def psa_tail(
@@ -58,125 +49,122 @@ def psa_tail(
     For branch s with channels c: ``attention = softmax_s(sigmoid(fc2 relu(fc1 mean_hw(x_s))))``
     and ``out[:, (S - 1 - s) * C + c] = x_s[:, c] * attention[:, s, c]``.
 
+    It is differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
+
     Args:
-        branches: S >= 2 tensors (B, C, H, W), of one shape, dtype and device; the branch of the
+        branches: S >= 2 tensors (B, C, H, W) of one shape, dtype and device; the branch of the
             smallest kernel first. float16, bfloat16, float32 or float64; any strides; B may be 0.
-        fc1_weight: (R, C, 1, 1) or (R, C). The fc tensors may be of any of these dtypes.
+        fc1_weight: (R, C, 1, 1) or (R, C). The fc tensors may have any of these dtypes.
         fc1_bias: (R,).
         fc2_weight: (C, R, 1, 1) or (C, R).
         fc2_bias: (C,).
-        scale, shift, relu: epilogue for inference, with (S * C,) vectors in the order of the
-            output's channels: ``out = relu(scale * out + shift)``, each part where it is given.
+        scale: (S * C,), in the order of the output's channels. With ``shift`` and ``relu`` it forms
+            an epilogue for inference: ``relu(scale * out + shift)``, each part where it is given.
+        shift: (S * C,), see ``scale``.
+        relu: see ``scale``.
 
     Returns:
         (B, S * C, H, W) in the branches' dtype, branch S - 1 first; channels_last if every branch
         is, else contiguous. Sums are accumulated in float32 (float64 for float64).
 
     Raises:
-        TypeError: for what is no tensor, or of a dtype that isn't accepted.
+        TypeError: for an argument that is no tensor or has a dtype that isn't accepted.
         ValueError: for shapes and devices that don't fit, or an epilogue where a gradient is due.
         RuntimeError: if the backend asked for can't run on these tensors.
         NotImplementedError: for second derivatives and forward-mode differentiation.
-
-    Differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
     """
-    name = chosen()
-    arguments = (branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
+    name = current_backend()
+    fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     failure = None
     if name != "reference" and not torch.compiler.is_compiling():
         try:
-            out = _without_gradient(name, *arguments)
+            out = _try_inference(name, branches, fc, scale, shift, relu)
             if out is not None:
                 return out
-        except Exception as error:  # told below in the user's terms, if the arguments are to blame
+        except Exception as error:  # check_psa_tail says it better if an argument is to blame
             failure = error
-    if not torch.jit.is_tracing():  # where sizes are tensors, which warn when they are compared
-        check_psa_tail(*arguments)
+    if not torch.jit.is_tracing():  # there sizes are tensors, whose comparison warns
+        check_psa_tail(branches, fc, scale, shift, relu)
     if failure is not None:
         raise failure
-    fc = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
+    fc = as_matrices(fc)
     if name == "reference":
-        return reference.forward(branches, *fc, scale, shift, relu)[0]
+        return get_backend("reference").forward(branches, fc, scale, shift, relu)[0]
     return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
 
 
-def _without_gradient(
-    name, branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu
-):
-    """The output by the compiled library, or None where another backend or autograd has to run.
+def _try_inference(
+    name: str,
+    branches: Sequence[Tensor],
+    fc: SEWeights,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> Tensor | None:
+    """Return the output by the backend's ``inference``, or None where that can't be used.
 
-    It spares the checks in Python, as the library refuses whatever they refuse, and two more trips
-    through Python: the smaller the tail, the more they weigh. What the library can't know is left
-    to the checks, too: a gradient that is due, and a relu that isn't a bool.
+    Small tails are bound by time on the host, and this saves much of it: the checks in Python, as
+    ``inference`` refuses the same tensors, and the dispatcher's way back into Python. The backend
+    can't check a gradient that is due, nor a relu that isn't a bool.
     """
     if not isinstance(branches, (list, tuple)) or not isinstance(relu, bool):
         return None
-    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     refuse_forward_mode("psa_tail", (*branches, *fc))
-    path = native_path(name, branches)
-    if path is None:
+    backend = resolve(name, branches[0].device.type, branches)
+    if not hasattr(backend, "inference"):
         return None
     if torch.is_grad_enabled():
         epilogue = [v for v in (scale, shift) if v is not None]
         if any(t.requires_grad for t in (*branches, *fc, *epilogue)):
             return None
-    return _inference(branches, *fc, scale, shift, relu, path)
+    return backend.inference(branches, fc, scale, shift, relu)
+
+
+def as_matrices(fc: SEWeights) -> SEWeights:
+    """Return fc with the weights as (R, C) and (C, R), without the 1 x 1 of a convolution."""
+    return SEWeights(fc.fc1_weight.flatten(1), fc.fc1_bias, fc.fc2_weight.flatten(1), fc.fc2_bias)
 
 
 def refuse_forward_mode(operator: str, tensors: Sequence[Tensor]) -> None:
-    """torch.library has no forward mode; without a word, tangents would be lost."""
+    """Raise NotImplementedError for a tensor with a tangent: torch.library would drop it."""
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise NotImplementedError(f"{operator} has no forward-mode derivative; {ADVICE}")
+        raise NotImplementedError(f"{operator} has no forward-mode derivative; {_ADVICE}")
 
 
-@torch.library.impl(LIBRARY, "psa_tail", "CompositeExplicitAutograd")
-def _forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu, backend):
-    run = resolve(backend, branches[0].device.type, branches).forward
-    return run(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, relu)
+@torch.library.impl(_LIBRARY, "psa_tail", "CompositeExplicitAutograd")
+def _forward(branches: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fc, scale, shift, relu, name = rest
+    backend = resolve(name, branches[0].device.type, branches)
+    return backend.forward(branches, SEWeights(*fc), scale, shift, relu)
 
 
-@torch.library.impl(LIBRARY, "psa_tail_backward", "CompositeExplicitAutograd")
-def _backward(grad, branches, *rest):
-    *tensors_and_flags, backend = rest
-    run = resolve(backend, grad.device.type, branches).backward
-    return run(grad, branches, *tensors_and_flags)
-
-
-@torch.library.register_fake("epsanet_fused::psa_tail", lib=LIBRARY)
-def _fake_forward(branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *epilogue_and_choice):
-    x = branches[0]
-    stats = (x.shape[0], len(branches), x.shape[1])  # (B, S, C)
-    acc = accumulator_dtype(x.dtype)
-    return empty_output(branches), x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
-
-
-@torch.library.register_fake("epsanet_fused::psa_tail_native", lib=LIBRARY)
-def _fake_native(*arguments_and_path):
-    check_psa_tail(*arguments_and_path[:-1])
-    return _fake_forward(*arguments_and_path)
-
-
-@torch.library.register_fake("epsanet_fused::psa_tail_inference", lib=LIBRARY)
-def _fake_inference(*arguments_and_path):
-    return _fake_native(*arguments_and_path)[0]
-
-
-@torch.library.register_fake("epsanet_fused::psa_tail_backward", lib=LIBRARY)
-@torch.library.register_fake("epsanet_fused::psa_tail_native_backward", lib=LIBRARY)
-def _fake_backward(
-    grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-    branch_grads, fc_grads, choice,
-):  # fmt: skip
-    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return (
-        [empty_grad(x) for x in branches] if branch_grads else [],
-        [p.new_empty(p.shape) for p in fc] if fc_grads else [],
+@torch.library.impl(_LIBRARY, "psa_tail_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor, branches: list[Tensor], squeeze: Tensor, attention: Tensor, *rest: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    *fc, branch_grads, fc_grads, name = rest
+    backend = resolve(name, grad.device.type, branches)
+    return backend.backward(
+        grad, branches, squeeze, attention, SEWeights(*fc), branch_grads, fc_grads
     )
 
 
-def _setup_context(ctx, inputs, output):
+@torch.library.register_fake("epsanet_fused::psa_tail", lib=_LIBRARY)
+def _fake_forward(branches: list[Tensor], *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_forward(branches)
+
+
+@torch.library.register_fake("epsanet_fused::psa_tail_backward", lib=_LIBRARY)
+def _fake_backward(
+    _grad: Tensor, branches: list[Tensor], _squeeze: Tensor, _attention: Tensor, *rest: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    *fc, branch_grads, fc_grads, _name = rest
+    return empty_backward(branches, SEWeights(*fc), branch_grads, fc_grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     branches, *fc, scale, shift, relu, backend = inputs
     _, squeeze, attention = output
     ctx.mark_non_differentiable(squeeze, attention)
@@ -186,33 +174,33 @@ def _setup_context(ctx, inputs, output):
     ctx.has_epilogue = scale is not None or shift is not None or relu
 
 
-def _autograd(ctx, grad, _grad_squeeze, _grad_attention):
+def _autograd(ctx: Any, grad: Tensor | None, *_grad_saved: None) -> tuple[Any, ...]:
     if ctx.has_epilogue:
         raise NotImplementedError("psa_tail: scale, shift and relu have no gradient")
     *branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias = ctx.saved_tensors
+    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     wants_branches, *wants_fc = ctx.needs_input_grad[:5]
-    none_branches = [None] * len(branches)
+    no_branches = [None] * len(branches)
     if grad is None:
-        return none_branches, None, None, None, None, None, None, None, None
+        return no_branches, *[None] * 8
+    asked = (any(wants_branches), any(wants_fc))
     grad_branches, grad_fc = torch.ops.epsanet_fused.psa_tail_backward(
-        grad, branches, squeeze, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-        any(wants_branches), any(wants_fc), ctx.backend,
-    )  # fmt: skip
-    grad_fc = grad_fc or (None, None, None, None)
-    return grad_branches or none_branches, *grad_fc, None, None, None, None
+        grad, branches, squeeze, attention, *fc, *asked, ctx.backend
+    )
+    return grad_branches or no_branches, *(grad_fc or [None] * 4), *[None] * 4
 
 
-def refuse_second_derivative(operator: str) -> None:
-    """For an operator that is the backward of another: an autograd formula that says so."""
+def refuse_second_derivative(library: torch.library.Library, operator: str) -> None:
+    """Give the operator's backward an autograd formula that raises NotImplementedError."""
 
-    def backward(ctx, *grads):
-        raise NotImplementedError(f"{operator} is differentiable once; {ADVICE}")
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{operator} is differentiable once; {_ADVICE}")
 
     name = f"epsanet_fused::{operator}_backward"
-    torch.library.register_autograd(name, backward, lib=LIBRARY)
+    torch.library.register_autograd(name, backward, lib=library)
 
 
 torch.library.register_autograd(
-    "epsanet_fused::psa_tail", _autograd, setup_context=_setup_context, lib=LIBRARY
+    "epsanet_fused::psa_tail", _autograd, setup_context=_setup_context, lib=_LIBRARY
 )
-refuse_second_derivative("psa_tail")
+refuse_second_derivative(_LIBRARY, "psa_tail")

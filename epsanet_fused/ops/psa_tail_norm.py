@@ -1,42 +1,49 @@
-"""The operator of training: the tail, the BatchNorm2d behind it and the ReLU, and their backward.
+"""psa_tail_norm: the tail, the BatchNorm2d behind it and the ReLU in training, and their backward.
 
-The batch's statistics follow from each sample's squeeze and from its pixels' deviation from it, so
-the tail's own output is nowhere in memory: not between the parts, and not for the backward, which
+The batch's statistics follow from each sample's squeeze and m2 (the sum of squared differences to
+it), so the tail's own output is never in memory: the forward doesn't write it, and the backward
 computes it again from the branches. docs/design.md has the formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsanet_fused.backends.registry import chosen, resolve_norm
-from epsanet_fused.ops.checks import check_psa_tail, check_psa_tail_norm, check_vectors
+from epsanet_fused.backends import defaults
+from epsanet_fused.backends.interface import (
+    NormBackend,
+    NormParams,
+    NormStats,
+    SEWeights,
+    empty_norm_backward,
+    empty_norm_forward,
+)
+from epsanet_fused.backends.registry import current_backend, get_backend, resolve
+from epsanet_fused.ops.checks import check_psa_tail_norm
 from epsanet_fused.ops.psa_tail import (
-    LIBRARY,
+    as_matrices,
     psa_tail,
     refuse_forward_mode,
     refuse_second_derivative,
 )
-from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, empty_output
 
 _FC = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
 _NORM = "Tensor? gamma, Tensor? beta, float eps"
-_STATS = "Tensor squeeze, Tensor deviation, Tensor attention, Tensor mean, Tensor var"
-_FORWARD = f"(Tensor[] branches, {_FC}, {_NORM}{{}}) -> (Tensor out, {_STATS})"
-_BACKWARD = (
-    f"(Tensor grad, Tensor[] branches, {_STATS}, {_FC}, {_NORM}, "
-    "bool branch_grads, bool fc_grads, bool norm_grads{}) "
+_STATS = "Tensor squeeze, Tensor m2, Tensor attention, Tensor mean, Tensor var"
+_LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
+_LIBRARY.define(
+    f"psa_tail_norm(Tensor[] branches, {_FC}, {_NORM}, str backend) -> (Tensor out, {_STATS})"
+)
+_LIBRARY.define(
+    f"psa_tail_norm_backward(Tensor grad, Tensor[] branches, {_STATS}, {_FC}, {_NORM}, "
+    "bool branch_grads, bool fc_grads, bool norm_grads, str backend) "
     "-> (Tensor[] grad_branches, Tensor[] grad_fc, Tensor[] grad_norm)"
 )
-LIBRARY.define("psa_tail_norm" + _FORWARD.format(", str backend"))
-LIBRARY.define("psa_tail_norm_backward" + _BACKWARD.format(", str backend"))
-# The compiled library's kernels, by themselves, as in ops.py.
-LIBRARY.define("psa_tail_norm_native" + _FORWARD.format(""))
-LIBRARY.define("psa_tail_norm_native_backward" + _BACKWARD.format(""))
 
 
 def psa_tail_norm(
@@ -49,44 +56,47 @@ def psa_tail_norm(
 ) -> Tensor:
     """``relu(norm(psa_tail(branches, ...)))`` with the batch's statistics (arXiv 2105.14447, 3.3).
 
-    The norm's running statistics are updated as its own forward would.
+    The norm's running statistics are updated as its own forward would. The operator is
+    differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
 
     Args:
-        branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias: as for ``psa_tail``.
+        branches: as for ``psa_tail``, and so are the four fc tensors.
+        fc1_weight: (R, C, 1, 1) or (R, C).
+        fc1_bias: (R,).
+        fc2_weight: (C, R, 1, 1) or (C, R).
+        fc2_bias: (C,).
         norm: a BatchNorm2d over the S * C channels that uses the batch's statistics: in training
-            mode, or without running ones. Its tensors may be of any dtype that the fc tensors may.
+            mode, or without running ones. Its tensors may have any dtype that the fc tensors may.
 
     Returns:
-        (B, S * C, H, W) in the branches' dtype and memory format, as ``psa_tail`` returns it. Sums
-        are accumulated in float32 (float64 for float64).
+        (B, S * C, H, W) in the branches' dtype and memory format, as from ``psa_tail``. Sums are
+        accumulated in float32 (float64 for float64).
 
     Raises:
-        TypeError: for what is no tensor or no BatchNorm2d, or of a dtype that isn't accepted.
+        TypeError: for an argument that is no tensor or no BatchNorm2d, or has a dtype that isn't
+            accepted.
         ValueError: for shapes and devices that don't fit, a norm that doesn't use the batch's
             statistics, and one value per channel, as BatchNorm2d does.
         RuntimeError: if the backend asked for can't run on these tensors, or has no psa_tail_norm.
         NotImplementedError: for second derivatives and forward-mode differentiation.
-
-    Differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
     """
-    name = chosen()
-    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_psa_tail_norm(branches, *fc, norm)
+    name = current_backend()
+    fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_psa_tail_norm(branches, fc, norm)
     if name == "reference":
         return F.relu(norm(psa_tail(branches, *fc)))
     if not torch.compiler.is_compiling():
-        given = (t for t in (*branches, *fc, norm.weight, norm.bias) if t is not None)
-        refuse_forward_mode("psa_tail_norm", tuple(given))
-    matrices = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
+        affine = [p for p in (norm.weight, norm.bias) if p is not None]
+        refuse_forward_mode("psa_tail_norm", (*branches, *fc, *affine))
     out, *_, mean, var = torch.ops.epsanet_fused.psa_tail_norm(
-        branches, *matrices, norm.weight, norm.bias, norm.eps, name
+        branches, *as_matrices(fc), norm.weight, norm.bias, norm.eps, name
     )
-    _track(norm, mean, var, out.numel() // norm.num_features)
+    _update_running_stats(norm, mean, var, out.numel() // norm.num_features)
     return out
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
+def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
     """Update the running statistics as BatchNorm2d does, from n values per channel."""
     if not (norm.training and norm.track_running_stats):
         return
@@ -103,55 +113,90 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
             running.copy_(momentum * batch + (1 - momentum) * running)
 
 
-@torch.library.impl(LIBRARY, "psa_tail_norm", "CompositeExplicitAutograd")
-def _forward(branches, *rest):
-    *arguments, backend = rest
-    run = resolve_norm(backend, branches[0].device.type, branches).norm_forward
-    return run(branches, *arguments)
+def fuses_norm_by_default(device_type: str) -> bool:
+    """Tell whether a block in training takes psa_tail_norm on such a device.
+
+    With "auto" it does so where ``defaults.NORM_TABLE`` says that this is faster, with any other
+    backend where that backend has psa_tail_norm.
+    """
+    return _fuses_norm(current_backend(), device_type)
 
 
-@torch.library.impl(LIBRARY, "psa_tail_norm_backward", "CompositeExplicitAutograd")
-def _backward(grad, branches, *rest):
-    *arguments, backend = rest
-    run = resolve_norm(backend, grad.device.type, branches).norm_backward
-    return run(grad, branches, *arguments)
+def _fuses_norm(name: str, device_type: str) -> bool:
+    if name == "auto":
+        measured = defaults.NORM_TABLE.get(device_type)
+        return measured is not None and resolve(name, device_type) is get_backend(measured)
+    backend = get_backend(name)
+    if name == "reference" or backend.unavailable_reason(device_type) is not None:
+        return False
+    return hasattr(backend, "norm_forward")
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_norm", lib=LIBRARY)
-def _fake_forward(branches, *rest):
-    x = branches[0]
-    B, S, C = x.shape[0], len(branches), x.shape[1]
-    acc = accumulator_dtype(x.dtype)
-    samples = (x.new_empty((B, S, C), dtype=acc) for _ in range(3))
-    channels = (x.new_empty((S * C,), dtype=acc) for _ in range(2))
-    return empty_output(branches), *samples, *channels
+# A constant to torch.compile, which guards on current_backend() but can't trace this; see registry.
+_fuses_norm._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_norm_native", lib=LIBRARY)
-def _fake_native(branches, *rest):
-    *fc, gamma, beta, _eps = rest
-    check_psa_tail(branches, *fc, None, None, False)
-    check_vectors(branches, gamma=gamma, beta=beta)
-    return _fake_forward(branches, *rest)
+def resolve_norm(name: str, device_type: str, branches: Sequence[Tensor] = ()) -> NormBackend:
+    """Return the backend that runs psa_tail_norm when the user asks for ``name``.
+
+    Raises:
+        RuntimeError: if the one asked for can't run on such a device, or has no psa_tail_norm.
+    """
+    backend = resolve(name, device_type, branches)
+    if not hasattr(backend, "norm_forward"):
+        if name != "auto":
+            raise RuntimeError(
+                f"psa_tail_norm: the backend {name!r} doesn't have it; 'auto' runs it in plain "
+                f"PyTorch where no other backend has it"
+            )
+        # The branches chose the fastest backend for the tail. Without them it is the usual one.
+        backend = resolve(name, device_type)
+        if not hasattr(backend, "norm_forward"):
+            backend = get_backend("reference")
+    return cast(NormBackend, backend)
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_norm_backward", lib=LIBRARY)
-@torch.library.register_fake("epsanet_fused::psa_tail_norm_native_backward", lib=LIBRARY)
+@torch.library.impl(_LIBRARY, "psa_tail_norm", "CompositeExplicitAutograd")
+def _forward(branches: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    *fc, gamma, beta, eps, name = rest
+    backend = resolve_norm(name, branches[0].device.type, branches)
+    out, stats = backend.norm_forward(branches, SEWeights(*fc), NormParams(gamma, beta, eps))
+    return out, *stats
+
+
+@torch.library.impl(_LIBRARY, "psa_tail_norm_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor, branches: list[Tensor], *rest: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    stats, fc, norm, asked, name = _split_backward(rest)
+    backend = resolve_norm(name, grad.device.type, branches)
+    return backend.norm_backward(grad, branches, stats, fc, norm, *asked)
+
+
+def _split_backward(
+    rest: tuple[Any, ...],
+) -> tuple[NormStats, SEWeights, NormParams, tuple[bool, bool, bool], str]:
+    """Group the arguments of psa_tail_norm_backward behind the branches."""
+    branch_grads, fc_grads, norm_grads, name = rest[12:]
+    asked = (branch_grads, fc_grads, norm_grads)
+    return NormStats(*rest[:5]), SEWeights(*rest[5:9]), NormParams(*rest[9:12]), asked, name
+
+
+@torch.library.register_fake("epsanet_fused::psa_tail_norm", lib=_LIBRARY)
+def _fake_forward(branches: list[Tensor], *_rest: Any) -> tuple[Tensor, ...]:
+    out, stats = empty_norm_forward(branches)
+    return out, *stats
+
+
+@torch.library.register_fake("epsanet_fused::psa_tail_norm_backward", lib=_LIBRARY)
 def _fake_backward(
-    grad, branches, squeeze, deviation, attention, mean, var,
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, beta, eps,
-    branch_grads, fc_grads, norm_grads, *choice,
-):  # fmt: skip
-    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    affine = [p for p in (gamma, beta) if p is not None]
-    return (
-        [empty_grad(x) for x in branches] if branch_grads else [],
-        [p.new_empty(p.shape) for p in fc] if fc_grads else [],
-        [p.new_empty(p.shape) for p in affine] if norm_grads else [],
-    )
+    _grad: Tensor, branches: list[Tensor], *rest: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    _, fc, norm, asked, _ = _split_backward(rest)
+    return empty_norm_backward(branches, fc, norm, *asked)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     branches, *fc, gamma, beta, eps, backend = inputs
     _, *stats = output
     ctx.mark_non_differentiable(*stats)
@@ -160,23 +205,23 @@ def _setup_context(ctx, inputs, output):
     ctx.eps, ctx.backend = eps, backend
 
 
-def _autograd(ctx, grad, *_grad_stats):
-    *branches, gamma, beta = ctx.saved_tensors
-    branches, stats_and_fc = branches[:-9], branches[-9:]
-    wants_branches, *wants = ctx.needs_input_grad[:7]
-    none_branches = [None] * len(branches)
+def _autograd(ctx: Any, grad: Tensor | None, *_grad_stats: None) -> tuple[Any, ...]:
+    *tensors, gamma, beta = ctx.saved_tensors
+    branches, stats_and_fc = tensors[:-9], tensors[-9:]
+    no_branches = [None] * len(branches)
     if grad is None:
-        return none_branches, *[None] * 8
+        return no_branches, *[None] * 8
+    wants_branches, *wants = ctx.needs_input_grad[:7]
+    asked = (any(wants_branches), any(wants[:4]), any(wants[4:]))
     grad_branches, grad_fc, grad_norm = torch.ops.epsanet_fused.psa_tail_norm_backward(
-        grad, branches, *stats_and_fc, gamma, beta, ctx.eps,
-        any(wants_branches), any(wants[:4]), any(wants[4:]), ctx.backend,
-    )  # fmt: skip
+        grad, branches, *stats_and_fc, gamma, beta, ctx.eps, *asked, ctx.backend
+    )
     left = iter(grad_norm)
     grad_affine = [None if p is None else next(left, None) for p in (gamma, beta)]
-    return grad_branches or none_branches, *(grad_fc or [None] * 4), *grad_affine, None, None
+    return grad_branches or no_branches, *(grad_fc or [None] * 4), *grad_affine, None, None
 
 
 torch.library.register_autograd(
-    "epsanet_fused::psa_tail_norm", _autograd, setup_context=_setup_context, lib=LIBRARY
+    "epsanet_fused::psa_tail_norm", _autograd, setup_context=_setup_context, lib=_LIBRARY
 )
-refuse_second_derivative("psa_tail_norm")
+refuse_second_derivative(_LIBRARY, "psa_tail_norm")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from epsanet_fused.backends.registry import list_backends, room, use_backend
+from epsanet_fused.backends.registry import get_backend, list_backends, use_backend
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
 
@@ -30,7 +30,7 @@ def self_check(devices: list[str]) -> list[Check]:
         _check(name, device)
         for name in ("auto", *list_backends())
         for device in devices
-        if name == "auto" or room(name).unavailable(torch.device(device).type) is None
+        if name == "auto" or get_backend(name).unavailable_reason(torch.device(device).type) is None
     ]
 
 

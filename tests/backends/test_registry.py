@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from helpers.cases import Shape, make_case
 
 import epsanet_fused as ef
 from epsanet_fused.backends import defaults
-from epsanet_fused.backends.defaults import CUDA_TABLE, Problem, Row, look_up
-from epsanet_fused.backends.registry import _first_available, chosen, resolve, room
+from epsanet_fused.backends.defaults import CUDA_TABLE, TailProblem, TailRule, look_up
+from epsanet_fused.backends.registry import current_backend, get_backend, resolve
 from epsanet_fused.testing.accuracy import evaluate
 
 SHAPE = Shape(2, 3, 8, 4, 5, 2)
@@ -84,17 +83,16 @@ def test_use_backend_names_what_it_accepts_and_restores() -> None:
         ef.use_backend("cudnn").__enter__()
     with pytest.raises(RuntimeError, match="interrupted"):  # noqa: SIM117, the order matters
         with ef.use_backend("reference"), ef.use_backend("triton"):
-            assert chosen() == "triton"
+            assert current_backend() == "triton"
             raise RuntimeError("interrupted")
-    assert chosen() == "auto"
+    assert current_backend() == "auto"
 
 
 def test_backward_runs_by_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from epsanet_fused.backends import triton as room
-
     calls: list[str] = []
-    backward = room.backward
-    monkeypatch.setattr(room, "backward", lambda *a: calls.append("triton") or backward(*a))
+    triton = get_backend("triton")
+    backward = triton.backward
+    monkeypatch.setattr(triton, "backward", lambda *a: calls.append("triton") or backward(*a))
     case = make_case(SHAPE)
     branches = [x.requires_grad_() for x in case.branches]
     with ef.use_backend("triton"):
@@ -119,12 +117,12 @@ def test_a_missing_backend_is_said_aloud_once() -> None:
         "import warnings; from epsanet_fused.backends.registry import resolve\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
-        "    print(resolve('auto', 'cuda').__name__, resolve('auto', 'cuda').__name__)\n"
+        "    print(resolve('auto', 'cuda').name, resolve('auto', 'cuda').name)\n"
         "print(len(seen), seen[0].message)"
     )
     done = python(code)
     first, second = done.stdout.splitlines()
-    assert first.split() == ["epsanet_fused.backends.reference"] * 2
+    assert first.split() == ["reference"] * 2
     assert second.startswith("1 epsanet_fused: the backend 'triton' can't run on cuda tensors")
     assert "slower" in second
 
@@ -142,18 +140,18 @@ def test_report_of_this_machine() -> None:
 
 
 def test_self_check_fails_where_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from epsanet_fused.backends import triton as room
     from epsanet_fused.testing.self_check import self_check
 
     right = {"auto": True, "reference": True, "cpu": True, "triton": True}
     assert {c.backend: c.passed for c in self_check(["cpu"])} == right
-    forward = room.forward
+    triton = get_backend("triton")
+    forward = triton.forward
 
     def slightly_wrong(*args: object) -> tuple[torch.Tensor, ...]:
         out, squeeze, attention = forward(*args)
         return out * 1.0001, squeeze, attention
 
-    monkeypatch.setattr(room, "forward", slightly_wrong)
+    monkeypatch.setattr(triton, "forward", slightly_wrong)
     assert {c.backend: c.passed for c in self_check(["cpu"])} == right | {"triton": False}
 
 
@@ -161,10 +159,10 @@ def test_the_table_for_cuda_tensors() -> None:
     """The first row that covers a problem decides; without one it is the usual order."""
     any_size = (0, 2**62)
     table = (
-        Row(90, False, torch.float16, (0, 200_000), (128, 2**31), "cuda"),
-        Row(None, True, None, any_size, any_size, "reference"),
+        TailRule(90, False, torch.float16, (0, 200_000), (128, 2**31), "cuda"),
+        TailRule(None, True, None, any_size, any_size, "reference"),
     )
-    covered = Problem(90, False, torch.float16, 200_000, 128)
+    covered = TailProblem(90, False, torch.float16, 200_000, 128)
     assert look_up(covered, table) == "cuda"
     for other in (
         covered._replace(arch=80),
@@ -180,17 +178,13 @@ def test_the_table_for_cuda_tensors() -> None:
 
 def test_a_measured_row_decides_what_auto_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     branches = [torch.empty(2, 4, 3, 3)] * 2
-    problem = Problem(90, False, torch.float32, 288, 2)
+    problem = TailProblem(90, False, torch.float32, 288, 2)
     monkeypatch.setattr(defaults, "describe", lambda _: problem)
-    row = Row(90, None, None, (0, 300), (1, 8), "cuda")
+    row = TailRule(90, None, None, (0, 300), (1, 8), "cuda")
     monkeypatch.setattr(defaults, "CUDA_TABLE", (row,))
-    monkeypatch.setattr(room("cuda"), "unavailable", lambda _: None)
-    assert resolve("auto", "cuda", branches) is room("cuda")
-    monkeypatch.setattr(room("cuda"), "unavailable", lambda _: "no card")
-    with pytest.warns(RuntimeWarning, match="falling back") if no_triton() else nullcontext():
-        assert resolve("auto", "cuda", branches) is not room("cuda")
-
-
-def no_triton() -> bool:
-    _first_available.cache_clear()
-    return room("triton").unavailable("cuda") is not None
+    monkeypatch.setitem(defaults.PREFERRED, "cuda", ("reference",))
+    cuda = get_backend("cuda")
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda _: None)
+    assert resolve("auto", "cuda", branches) is cuda
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda _: "no GPU")
+    assert resolve("auto", "cuda", branches) is get_backend("reference")

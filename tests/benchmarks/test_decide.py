@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epsanet_fused.backends.defaults import Problem, Row, look_up
+from epsanet_fused.backends.defaults import TailProblem, TailRule, look_up
 
 CARD = "NVIDIA H200"
 STAGES = ("S1", "S2", "S3", "S4")
@@ -70,10 +70,10 @@ def tail(
     ]  # fmt: skip
 
 
-def pasted(lines: Iterable[str]) -> tuple[Row, ...]:
+def pasted(lines: Iterable[str]) -> tuple[TailRule, ...]:
     """The table that the printed source makes."""
-    source = [line for line in lines if line.startswith("    Row(")]
-    return eval(f"({' '.join(source)})", {"Row": Row, "torch": torch})
+    source = [line for line in lines if line.startswith("    TailRule(")]
+    return eval(f"({' '.join(source)})", {"TailRule": TailRule, "torch": torch})
 
 
 def cells(lines: Iterable[str]) -> list[list[str]]:
@@ -81,9 +81,9 @@ def cells(lines: Iterable[str]) -> list[list[str]]:
     return [re.split("  +", line.strip()) for line in "\n".join(lines).splitlines()]
 
 
-def problem(stage: str, batch: int, dtype: str = "float16", layout: str = "nchw") -> Problem:
+def problem(stage: str, batch: int, dtype: str = "float16", layout: str = "nchw") -> TailProblem:
     itemsize = getattr(torch, dtype).itemsize
-    return Problem(90, layout == "channels_last", getattr(torch, dtype),
+    return TailProblem(90, layout == "channels_last", getattr(torch, dtype),
                    BYTES[stage] * itemsize // 2, batch)  # fmt: skip
 
 
@@ -127,9 +127,9 @@ def test_rows_end_with_what_was_measured_and_meet_at_the_geometric_mean(visit):
         rows += tail(times, times, stage, batch, layout=layout)
     lines = decide.decide(visit(rows))
     about = f"    # {CARD}: forward 1.10x, step 1.10x as fast as the next best, by 72 rows"
-    row = '    Row(90, None, torch.float16, (50_176, 141_919), (6, 256), "cuda"),'
+    row = '    TailRule(90, None, torch.float16, (50_176, 141_919), (6, 256), "cuda"),'
     assert lines[lines.index(about) + 1] == row
-    assert pasted(lines) == (Row(90, None, torch.float16, (50176, 141919), (6, 256), "cuda"),)
+    assert pasted(lines) == (TailRule(90, None, torch.float16, (50176, 141919), (6, 256), "cuda"),)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from helpers.norm_cases import (
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import prefers_norm, resolve_norm, room
+from epsanet_fused.backends.registry import get_backend
+from epsanet_fused.ops.psa_tail_norm import fuses_norm_by_default, resolve_norm
 from epsanet_fused.testing.accuracy import max_error
 
 STAGES = ("S1", "S2", "S3", "S4")
@@ -69,8 +70,8 @@ def test_matches_the_oracle_in_float64() -> None:
 
 
 def test_auto_has_it_on_a_card_and_a_block_takes_it_by_name() -> None:
-    assert resolve_norm("auto", "cuda") is room("triton")
-    assert prefers_norm("triton", "cuda")
+    assert resolve_norm("auto", "cuda") is get_backend("triton")
+    assert fuses_norm_by_default("cuda")
     case = on_card(SHAPES["S3"])
     by_name = evaluate_norm(ef.psa_tail_norm, case)
     with ef.use_backend("auto"):

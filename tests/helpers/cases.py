@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import _PREFERRED, _first_available
+from epsanet_fused.backends import defaults
 from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
 
 # The ways to run the operator on a CPU. "reference" is PyTorch alone; "fallback" is what "auto"
@@ -29,10 +29,8 @@ def run_by(name: str) -> Iterator[None]:
         with ef.use_backend(name):
             yield
         return
-    _first_available.cache_clear()
-    with mock.patch.dict(_PREFERRED, cpu=("reference",)), ef.use_backend("auto"):
+    with mock.patch.dict(defaults.PREFERRED, cpu=("reference",)), ef.use_backend("auto"):
         yield
-    _first_available.cache_clear()
 
 
 class Shape(NamedTuple):

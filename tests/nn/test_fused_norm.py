@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.backends import defaults
-from epsanet_fused.backends.registry import prefers_norm, room
+from epsanet_fused.backends.registry import get_backend
 from epsanet_fused.nn import fused_psa
+from epsanet_fused.ops.psa_tail_norm import fuses_norm_by_default
 from epsanet_fused.testing.accuracy import max_error
 
 
@@ -192,7 +193,7 @@ def test_a_converted_model_takes_the_plain_path() -> None:
 def test_a_backend_without_it_takes_the_plain_path(
     calls: list, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.delattr(room("triton"), "norm_forward")
+    monkeypatch.delattr(get_backend("triton"), "norm_forward")
     with ef.use_backend(name):
         block()(images(8, 64)).sum().backward()
     assert not calls
@@ -220,7 +221,7 @@ def test_tracing_takes_the_plain_path(calls: list) -> None:
 def test_only_what_was_measured_is_the_default(calls: list) -> None:
     """The compiled kernels on a CPU; not plain PyTorch in their place, and no card yet."""
     assert defaults.NORM_TABLE == {"cpu": "cpu"}
-    assert not prefers_norm("auto", "cuda")
+    assert not fuses_norm_by_default("cuda")
     with run_by("fallback"):
         block()(images(8, 64))
     assert not calls

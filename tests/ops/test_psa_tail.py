@@ -26,7 +26,7 @@ from helpers.cases import (
 from torch import Tensor
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import chosen
+from epsanet_fused.backends.registry import current_backend
 from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
 
 
@@ -258,7 +258,7 @@ def test_squeeze_and_attention_are_not_rounded_to_16_bits(name: str, dtype: torc
     fc = [t.flatten(1) if t.dim() == 4 else t for t in fc]
     op = torch.ops.epsanet_fused.psa_tail
     with run_by(name):
-        _, squeeze, attention = op(branches, *fc, None, None, False, chosen())
+        _, squeeze, attention = op(branches, *fc, None, None, False, current_backend())
     exact = torch.stack([x.double().mean((2, 3)) for x in branches], 1)  # (B, S, C)
     torch.testing.assert_close(squeeze.double(), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(attention.sum(1), torch.ones_like(attention[:, 0]))

@@ -24,7 +24,9 @@ from helpers.norm_cases import (
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import resolve_norm, room
+from epsanet_fused.backends.registry import get_backend, resolve
+from epsanet_fused.ops import psa_tail_norm as operator
+from epsanet_fused.ops.psa_tail_norm import resolve_norm
 from epsanet_fused.testing.accuracy import bound, max_error
 
 SMALL = Shape(3, 4, 12, 5, 6, 3)
@@ -335,12 +337,16 @@ def test_bad_norm_is_named(name: str, norm: Any, error: type[Exception], message
 
 def test_a_backend_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_norm_case(SMALL)
-    monkeypatch.delattr(room("triton"), "norm_forward")
+    monkeypatch.delattr(get_backend("triton"), "norm_forward")
     with ef.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' doesn't have it"):
         ef.psa_tail_norm(case.branches, *case.fc, nn.BatchNorm2d(48))
 
 
 def test_auto_passes_over_a_backend_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where ``cuda`` is measured to be the fastest for the tail."""
-    monkeypatch.setitem(resolve_norm.__globals__, "resolve", lambda *_: object())
-    assert resolve_norm("auto", "cpu") is room("cpu")
+    branches = make_case(SMALL).branches
+    tail_only = object()
+    monkeypatch.setattr(
+        operator, "resolve", lambda *args: tail_only if len(args) > 2 else resolve(*args)
+    )
+    assert resolve_norm("auto", "cpu", branches) is get_backend("cpu")

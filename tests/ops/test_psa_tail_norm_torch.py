@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import chosen, room
+from epsanet_fused.backends.registry import current_backend, get_backend
 
 SHAPE = Shape(2, 3, 8, 4, 5, 2)
 OPS = torch.ops.epsanet_fused
@@ -29,7 +29,7 @@ OPS = torch.ops.epsanet_fused
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name that the operator is called with."""
     with run_by(request.param):
-        yield chosen()
+        yield current_backend()
     torch.compiler.reset()
 
 
@@ -88,7 +88,7 @@ def test_opcheck_backward(backend: str, kind: str, asked: tuple[bool, ...]) -> N
 @pytest.mark.parametrize("kind", INPUTS)
 def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
     """They have no autograd by intent; psa_tail_norm has."""
-    assert room("cpu").unavailable("cpu") is None
+    assert get_backend("cpu").unavailable_reason("cpu") is None
     utils = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     case = inputs(kind)
     rest = (*matrices(case), *case.affine, 1e-5)

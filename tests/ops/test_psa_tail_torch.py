@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import chosen, room
+from epsanet_fused.backends.registry import current_backend, get_backend
 from epsanet_fused.testing.accuracy import evaluate, plain_tail
 
 SHAPE = Shape(2, 3, 8, 4, 5, 2)
@@ -34,7 +34,7 @@ COMPILERS = ["aot_eager", "inductor"] if shutil.which("g++") else ["aot_eager"]
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name that the operator is called with."""
     with run_by(request.param):
-        yield chosen()
+        yield current_backend()
     torch.compiler.reset()
 
 
@@ -121,7 +121,7 @@ NATIVE_TESTS = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
 @pytest.mark.parametrize("kind", INPUTS)
 def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
     """They have no autograd by intent; psa_tail has."""
-    assert room("cpu").unavailable("cpu") is None
+    assert get_backend("cpu").unavailable_reason("cpu") is None
     branches, (w1, b1, w2, b2), grad = inputs(kind)
     for fc in ((w1, b1, w2, b2), (w1.flatten(1), b1, w2.flatten(1), b2)):
         arguments = (branches, *fc, torch.randn(24), None, True, 0)

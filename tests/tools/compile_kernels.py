@@ -23,6 +23,7 @@ from aot_compile import FakeDriver, launches
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from epsanet_fused.backends.interface import NormParams, SEWeights
 from epsanet_fused.backends.triton import backward, forward, launch, norm_backward, norm_forward
 from epsanet_fused.utils.memory_format import empty_output
 
@@ -56,29 +57,30 @@ def main(name: str) -> None:
 
 def inputs(
     stage: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format, batch: int
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], SEWeights]:
     """The branches and the fc tensors."""
     C, H = stage
     # Never filled and never read: on most systems such pages cost nothing.
     shape = (batch, C, H, H)
     branches = [torch.empty(shape, dtype=dtype, memory_format=layout) for _ in range(4)]
     R = C // 16
-    return branches, [torch.empty(s) for s in ((R, C), (R,), (C, R), (C,))]
+    return branches, SEWeights(*(torch.empty(s) for s in ((R, C), (R,), (C, R), (C,))))
 
 
-def run_tail(branches: list[Tensor], fc: list[Tensor]) -> None:
-    out, squeeze, attention = forward(branches, *fc, None, None, False)
+def run_tail(branches: list[Tensor], fc: SEWeights) -> None:
+    out, squeeze, attention = forward(branches, fc, None, None, False)
     grad = torch.empty_like(out)
-    backward(grad, branches, squeeze, attention, *fc, True, True)
+    backward(grad, branches, squeeze, attention, fc, True, True)
     scale, shift = torch.empty(2, out.shape[1])
     problem = launch.problem(branches, empty_output(branches))
     launch.recalibrate(problem, attention, None, scale, shift, True)
 
 
-def run_norm(branches: list[Tensor], fc: list[Tensor]) -> None:
-    norm = (*torch.empty(2, len(branches) * branches[0].shape[1]), 1e-5)  # gamma, beta, eps
-    out, *stats = norm_forward(branches, *fc, *norm)
-    norm_backward(torch.empty_like(out), branches, *stats, *fc, *norm, True, True, True)
+def run_norm(branches: list[Tensor], fc: SEWeights) -> None:
+    gamma, beta = torch.empty(2, len(branches) * branches[0].shape[1])
+    norm = NormParams(gamma, beta, 1e-5)
+    out, stats = norm_forward(branches, fc, norm)
+    norm_backward(torch.empty_like(out), branches, stats, fc, norm, True, True, True)
 
 
 @functools.cache

@@ -14,11 +14,22 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, empty_output
+from epsanet_fused.backends.interface import (
+    NormParams,
+    NormStats,
+    SEWeights,
+    empty_backward,
+    empty_forward,
+    empty_norm_backward,
+    empty_norm_forward,
+)
+
+name = "triton"
 
 
 @functools.cache
-def unavailable(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
+    """Return why Triton can't run on such a device here, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
@@ -38,23 +49,18 @@ def unavailable(device_type: str) -> str | None:
 
 def forward(
     branches: Sequence[Tensor],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc: SEWeights,
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, squeeze and attention; see ``interface.Backend``."""
     from epsanet_fused.backends.triton import launch
 
-    out = empty_output(branches)
-    B, C = branches[0].shape[:2]
-    squeeze = out.new_empty((B, len(branches), C), dtype=accumulator_dtype(out.dtype))
-    attention = torch.empty_like(squeeze)
-    if B == 0:
+    out, squeeze, attention = empty_forward(branches)
+    if len(out) == 0:
         return out, squeeze, attention
-    fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
+    fc = _contiguous(fc)
     scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
     with _on_device_of(out):
         problem = launch.problem(branches, out)
@@ -68,112 +74,103 @@ def backward(
     branches: Sequence[Tensor],
     squeeze: Tensor,
     attention: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc: SEWeights,
     branch_grads: bool,
     fc_grads: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of the branches and of fc; see ``interface.Backend``."""
     from epsanet_fused.backends.triton import launch
 
-    fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
-    grad_branches = [empty_grad(x) for x in branches] if branch_grads else []
-    grad_fc = [torch.empty_like(t) for t in fc] if fc_grads else []
-    if grad.shape[0] == 0:
+    fc = _contiguous(fc)
+    grad_branches, grad_fc = empty_backward(branches, fc, branch_grads, fc_grads)
+    if len(grad) == 0:
         return grad_branches, [g.zero_() for g in grad_fc]
-    spread = torch.empty_like(squeeze)  # (B, S, C)
-    for_fc = _for_fc(squeeze, fc1_weight.shape[0]) if fc_grads else (None,) * 3
+    grad_mean = torch.empty_like(squeeze)  # (B, S, C)
+    for_fc = _for_fc(squeeze, fc.fc1_weight.shape[0]) if fc_grads else (None,) * 3
     with _on_device_of(grad):
         problem = launch.problem(branches, grad)
-        launch.sum_and_gate(problem, True, squeeze, attention, fc, spread, for_fc)
+        launch.sum_and_gate(problem, True, squeeze, attention, fc, grad_mean, for_fc)
         if fc_grads:
             launch.fc_grads(squeeze, for_fc, grad_fc)
         if branch_grads:
-            launch.recalibrate(launch.problem(grad_branches, problem.cat), attention, spread)
+            launch.recalibrate(launch.problem(grad_branches, problem.cat), attention, grad_mean)
     return grad_branches, grad_fc
 
 
 def norm_forward(
-    branches: Sequence[Tensor],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    branches: Sequence[Tensor], fc: SEWeights, norm: NormParams
+) -> tuple[Tensor, NormStats]:
+    """Return the output and the statistics; see ``interface.NormBackend``."""
     from epsanet_fused.backends.triton import launch, launch_norm
 
-    out = empty_output(branches)
-    B, C = branches[0].shape[:2]
-    squeeze = out.new_empty((B, len(branches), C), dtype=accumulator_dtype(out.dtype))
-    deviation, attention = torch.empty_like(squeeze), torch.empty_like(squeeze)
-    mean, var = (squeeze.new_empty(out.shape[1]) for _ in range(2))
-    if B == 0:
-        return out, squeeze, deviation, attention, mean.zero_(), var.zero_()
-    fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
-    gamma, beta = (None if v is None else v.contiguous() for v in (gamma, beta))
-    norm = launch_norm.Norm(gamma, beta, mean, var, eps)
+    out, stats = empty_norm_forward(branches)
+    squeeze, m2, attention, mean, var = stats
+    if len(out) == 0:
+        mean.zero_()
+        var.zero_()
+        return out, stats
+    fc, gamma, beta = _contiguous(fc), *_contiguous_affine(norm)
     with _on_device_of(out):
         problem = launch.problem(branches, out)
-        launch_norm.deviations_and_gate(problem, squeeze, deviation, attention, fc)
-        weight, shift = launch_norm.statistics(problem, squeeze, deviation, attention, norm)
+        launch_norm.deviations_and_gate(problem, squeeze, m2, attention, fc)
+        params = launch_norm.Norm(gamma, beta, mean, var, norm.eps)
+        weight, shift = launch_norm.statistics(problem, squeeze, m2, attention, params)
         launch_norm.normalize(problem, squeeze, weight, shift)
-    return out, squeeze, deviation, attention, mean, var
+    return out, stats
 
 
 def norm_backward(
     grad: Tensor,
     branches: Sequence[Tensor],
-    squeeze: Tensor,
-    deviation: Tensor,
-    attention: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
+    stats: NormStats,
+    fc: SEWeights,
+    norm: NormParams,
     branch_grads: bool,
     fc_grads: bool,
     norm_grads: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the gradients of the branches, fc, gamma and beta; see ``interface.NormBackend``."""
     from epsanet_fused.backends.triton import launch, launch_norm
 
-    fc = [t.contiguous() for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
-    gamma, beta = (None if v is None else v.contiguous() for v in (gamma, beta))
-    grad_branches = [empty_grad(x) for x in branches] if branch_grads else []
-    grad_fc = [torch.empty_like(t) for t in fc] if fc_grads else []
-    both = [torch.empty_like(v) if norm_grads and v is not None else None for v in (gamma, beta)]
-    grad_norm = [g for g in both if g is not None]
-    if grad.shape[0] == 0:
+    squeeze, m2, attention, mean, var = stats
+    fc, gamma, beta = _contiguous(fc), *_contiguous_affine(norm)
+    grad_branches, grad_fc, grad_norm = empty_norm_backward(
+        branches, fc, norm, branch_grads, fc_grads, norm_grads
+    )
+    if len(grad) == 0:
         return grad_branches, [g.zero_() for g in grad_fc], [g.zero_() for g in grad_norm]
+    written = iter(grad_norm)
+    both = [None if v is None else next(written, None) for v in (gamma, beta)]
     for_attention: Sequence[Tensor | None] = (None,) * 5
     if branch_grads or fc_grads:
         for_attention = squeeze.new_empty((5, *squeeze.shape)).unbind()
-    norm = launch_norm.Norm(gamma, beta, mean, var, eps)
-    samples = (squeeze, deviation, attention)
+    params = launch_norm.Norm(gamma, beta, mean, var, norm.eps)
+    samples = (squeeze, m2, attention)
     with _on_device_of(grad):
         problem = launch.problem(branches, grad, grad_branches)
-        sums = launch_norm.gradient_sums(problem, squeeze, attention, norm)
-        launch_norm.gradient_statistics(problem, sums, *samples, norm, both, for_attention)
+        sums = launch_norm.gradient_sums(problem, squeeze, attention, params)
+        launch_norm.gradient_statistics(problem, sums, *samples, params, both, for_attention)
         if branch_grads or fc_grads:
-            grad_attention, weight, shift, factor, constant = for_attention
-            spread = torch.empty_like(squeeze)
-            for_fc = _for_fc(squeeze, fc1_weight.shape[0]) if fc_grads else (None,) * 3
+            grad_attention, weight, shift, factor, grad_const = for_attention
+            grad_mean = torch.empty_like(squeeze)
+            for_fc = _for_fc(squeeze, fc.fc1_weight.shape[0]) if fc_grads else (None,) * 3
             launch_norm.gate_backward(
-                problem, grad_attention, squeeze, attention, fc, constant, spread, for_fc
+                problem, grad_attention, squeeze, attention, fc, grad_const, grad_mean, for_fc
             )
             if fc_grads:
                 launch.fc_grads(squeeze, for_fc, grad_fc)
             if branch_grads:
-                launch_norm.normalize(problem, squeeze, weight, shift, factor, spread)
+                launch_norm.normalize(problem, squeeze, weight, shift, factor, grad_mean)
     return grad_branches, grad_fc, grad_norm
+
+
+def _contiguous(fc: SEWeights) -> SEWeights:
+    return SEWeights(*(p.contiguous() for p in fc))
+
+
+def _contiguous_affine(norm: NormParams) -> tuple[Tensor | None, Tensor | None]:
+    gamma, beta = (None if p is None else p.contiguous() for p in (norm.gamma, norm.beta))
+    return gamma, beta
 
 
 def _for_fc(squeeze: Tensor, R: int) -> tuple[Tensor, Tensor, Tensor]:
