@@ -1,6 +1,6 @@
-"""Triton's compiler by itself: for a card that need not be there, and in several processes.
+"""Compile Triton kernels ahead of time: for a GPU that is not present, or in several processes.
 
-What one process compiles, another finds in Triton's cache on disk.
+Processes share compiled kernels through Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 
 class FakeDriver:
-    """What the launch code asks of a driver, answered for a card that isn't there."""
+    """A Triton driver for a GPU that is not present. The launch code calls these methods alone."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -36,13 +36,16 @@ class FakeDriver:
 
 
 @contextmanager
-def launches(compile_only: bool = False) -> Iterator[list[tuple[str, Any]]]:
-    """Name and compiled kernel of each launch meanwhile; each may stop after the compiler."""
+def record_launches(compile_only: bool = False) -> Iterator[list[tuple[str, Any]]]:
+    """Record the name and the compiled kernel of each launch inside the context.
+
+    With ``compile_only`` a launch compiles its kernel and does not run it.
+    """
     launched: list[tuple[str, Any]] = []
-    launch_really = JITFunction.run
+    original = JITFunction.run
 
     def run(kernel: JITFunction, *args: object, **kwargs: object) -> object:
-        compiled = launch_really(kernel, *args, **kwargs | {"warmup": compile_only})
+        compiled = original(kernel, *args, **kwargs | {"warmup": compile_only})
         launched.append((kernel.__name__, compiled))
         return compiled
 
@@ -50,14 +53,14 @@ def launches(compile_only: bool = False) -> Iterator[list[tuple[str, Any]]]:
         yield launched
 
 
-def compilers(target: GPUTarget) -> ProcessPoolExecutor:
-    """Processes that see the target for their card, one for each core but ours."""
+def compiler_pool(target: GPUTarget) -> ProcessPoolExecutor:
+    """Start processes that compile for ``target``: one for each core but one."""
     cores = len(os.sched_getaffinity(0))
     return ProcessPoolExecutor(
-        max(1, cores - 1), multiprocessing.get_context("spawn"), _stand_in, (target,)
+        max(1, cores - 1), multiprocessing.get_context("spawn"), _use_fake_driver, (target,)
     )
 
 
-def _stand_in(target: GPUTarget) -> None:
+def _use_fake_driver(target: GPUTarget) -> None:
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(FakeDriver(target))

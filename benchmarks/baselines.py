@@ -1,4 +1,4 @@
-"""The networks that EPSANet is to keep up with, of the same code: only the blocks differ."""
+"""The networks that EPSANet is compared with. They share its code; only the blocks differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import epsanet_fused as ef
 
 
 class ResNetBlock(ef.EPSABlock):
-    """The block that EPSANet's comes from: a 3x3 convolution where that has its PSA module."""
+    """ResNet's bottleneck: a 3x3 convolution in place of the PSA module."""
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1, *args: Any, **options: Any):
         super().__init__(inplanes, planes, stride, *args, **options)
@@ -20,15 +20,15 @@ class ResNetBlock(ef.EPSABlock):
 
 
 class SEResNetBlock(ResNetBlock):
-    """That with squeeze and excitation of the residual (arXiv 1709.01507, figure 3)."""
+    """ResNet's bottleneck with squeeze and excitation of the residual (arXiv 1709.01507, fig 3)."""
 
     def __init__(self, inplanes: int, planes: int, *args: Any, **options: Any):
         super().__init__(inplanes, planes, *args, **options)
-        self.bn3 = nn.Sequential(self.bn3, Excited(planes * self.expansion))
+        self.bn3 = nn.Sequential(self.bn3, SqueezeExcite(planes * self.expansion))
 
 
-class Excited(nn.Module):
-    """x times its channels' weights."""
+class SqueezeExcite(nn.Module):
+    """The product of x and the SE weights of its channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class Excited(nn.Module):
         return x * self.se(x)
 
 
-def _like_epsanet50(block: type[ef.EPSABlock]) -> nn.Module:
+def _network50(block: type[ef.EPSABlock]) -> nn.Module:
     return ef.EPSANet(block, [3, 4, 6, 3])
 
 
 BASELINES: dict[str, Callable[[], nn.Module]] = {
-    "resnet50": functools.partial(_like_epsanet50, ResNetBlock),
-    "seresnet50": functools.partial(_like_epsanet50, SEResNetBlock),
+    "resnet50": functools.partial(_network50, ResNetBlock),
+    "seresnet50": functools.partial(_network50, SEResNetBlock),
 }
 
 
 def baseline_of(provider: str) -> str | None:
-    """The baseline that a provider such as "resnet50:eager" runs; None if it runs EPSANet."""
+    """Return the baseline that a provider such as "resnet50:eager" runs, or None for EPSANet."""
     name, colon, _ = provider.partition(":")
     return name if colon and name in BASELINES else None

@@ -1,4 +1,4 @@
-"""No timing without this: the results against the float64 oracle (see epsanet_fused.oracle)."""
+"""Check every result against the float64 oracle before it is timed (epsanet_fused.testing)."""
 
 from __future__ import annotations
 
@@ -15,32 +15,39 @@ from torch import Tensor, nn
 from epsanet_fused.testing import accuracy
 from epsanet_fused.utils.memory_format import accumulator_dtype
 
+# A whole network in float64 is slow. Inference computes each image by itself, so that a few of
+# them suffice there.
+NETWORK_SAMPLES = 4
 
-class Verdict(NamedTuple):
-    """The error of the one result that comes closest to its bound, or is furthest over it."""
+
+class AccuracyResult(NamedTuple):
+    """An error and its bound; of several results, those with the largest ratio."""
 
     max_error: float
     error_bound: float
     ok: bool
 
 
-class Judge:
-    """Knows the true results of a workload, and how far plain PyTorch is off in the same dtype.
+class AccuracyChecker:
+    """Checks results of one workload by the rule of docs/numerics.md.
 
-    In the tail every result has to pass by itself. Where there are convolutions, two things more
-    have to be allowed for. The same sum in another order has another rounding error, about the
-    square root of its length in roundings. And a ReLU whose input is all but zero may fall on the
-    other side, which changes single gradients by a lot, whatever the arithmetic: there all
-    gradients are judged as one, by the root mean square of their relative distances from the truth.
-    (Through a whole network in 16 bit even plain PyTorch's distance can be as large as 1, and then
-    it is the output that tells right from wrong; the tail by itself is always judged strictly.)
+    The bound of an error follows from the expected result (float64) and from the error of plain
+    PyTorch in the same dtype. Each result of the tail is checked by itself.
+
+    Scopes with convolutions need two exceptions:
+
+    - The rounding error of a sum depends on the order of its terms. The bound grows by the square
+      root of the length of the longest sum, in units of the accumulator's rounding.
+    - An input of a ReLU that is almost zero may change its sign, which changes single gradients a
+      lot. All gradients are therefore checked as one number: the root mean square of their relative
+      distances from the expected ones. In 16 bits this distance can be 1 even for plain PyTorch
+      through a whole network; then only the output shows whether a result is right.
     """
 
     def __init__(self, workload: Workload, settings: Settings) -> None:
         exact = copy.deepcopy(workload.literal).double()
-        # In inference images don't see each other, and a network in float64 is slow.
         few = settings.scope == "network" and settings.mode == "inference"
-        self._samples = slice(4 if few else None)
+        self._samples = slice(NETWORK_SAMPLES if few else None)
         inputs = tuple(
             x.detach()[self._samples].double().requires_grad_(x.requires_grad)
             for x in workload.inputs
@@ -50,39 +57,41 @@ class Judge:
         eps = torch.finfo(accumulator_dtype(self._dtype)).eps
         longest = _longest_sum(workload.literal) if self._has_convs else 0
         self._reordering = eps * math.sqrt(longest)
-        self._true = make_step(exact, inputs, settings.mode, None)()
-        # The tail's fc gradients are sums that cancel; among convolutions none is judged by itself.
-        tail = [] if self._has_convs else self._true
-        self._largest = max((t.abs().max().item() for t in tail), default=1.0)
+        self._expected = make_step(exact, inputs, settings.mode, None)()
+        # The tail's fc gradients are sums whose terms cancel: the rounding is that of the terms.
+        terms = [] if self._has_convs else self._expected
+        self._largest = max((t.abs().max().item() for t in terms), default=1.0)
         self._plain = make_step(
             workload.literal, workload.inputs, settings.mode, settings.autocast
         )()
 
-    def judge(self, results: Sequence[Tensor]) -> Verdict:
-        # Under autocast eager's output may be float32 where ours is rounded to 16 bit.
+    def check(self, results: Sequence[Tensor]) -> AccuracyResult:
+        """Compare an output and its gradients, in the order in which a step returns them."""
+        # Under autocast the output of eager may be float32 where ours is rounded to 16 bits.
         plain = [p.to(r.dtype) for p, r in zip(self._plain, results, strict=True)]
-        groups = (self._grouped(results), self._grouped(plain), self._grouped(self._true))
-        verdicts = [self._compare(*group) for group in zip(*groups, strict=True)]
-        return max(verdicts, key=lambda v: (not v.ok, v.max_error / v.error_bound))
+        groups = (self._grouped(results), self._grouped(plain), self._grouped(self._expected))
+        checked = [self._compare(*group) for group in zip(*groups, strict=True)]
+        return max(checked, key=lambda c: (not c.ok, c.max_error / c.error_bound))
 
-    def _compare(self, result: Tensor, plain: Tensor, true: Tensor) -> Verdict:
-        error = accuracy.max_error(result, true)
-        allowed = accuracy.bound(plain, true, self._dtype, self._largest)
-        allowed += self._reordering * max(1.0, true.abs().max().item())
-        # A NaN passes no comparison, on whichever side it is.
-        return Verdict(error, allowed, math.isfinite(allowed) and error <= allowed)
+    def _compare(self, result: Tensor, plain: Tensor, expected: Tensor) -> AccuracyResult:
+        error = accuracy.max_error(result, expected)
+        allowed = accuracy.bound(plain, expected, self._dtype, self._largest)
+        allowed += self._reordering * max(1.0, expected.abs().max().item())
+        # NaN compares as False, so that a NaN in the result or in the bound fails.
+        return AccuracyResult(error, allowed, math.isfinite(allowed) and error <= allowed)
 
     def _grouped(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors to compare; with convolutions, all gradients become one distance."""
         if len(results) == 1:
             return [results[0][self._samples]]
         if not self._has_convs:
             return list(results)
         output, *gradients = results
-        pairs = zip(gradients, self._true[1:], strict=True)
-        distances = torch.stack([(g.double() - t).norm() / (t.norm() or 1) for g, t in pairs])
+        pairs = zip(gradients, self._expected[1:], strict=True)
+        distances = torch.stack([(g.double() - e).norm() / (e.norm() or 1) for g, e in pairs])
         return [output, distances.square().mean().sqrt()]
 
 
 def _longest_sum(module: nn.Module) -> int:
-    """The most products that a convolution in it adds up to one output."""
+    """Return the largest number of products that a convolution adds up for one output."""
     return max(m.weight[0].numel() for m in module.modules() if isinstance(m, nn.Conv2d))

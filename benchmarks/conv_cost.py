@@ -1,12 +1,12 @@
-"""What do the four convolutions cost, as they are and with their groups merged? One CSV.
+"""Time the four branch convolutions with their own groups and with merged groups: a CSV file.
 
     python benchmarks/conv_cost.py --out out
 
-Merging groups is exact: the weights of neighbouring groups go into one block-diagonal weight with
-zeros between them, and the convolution has fewer groups. That is more arithmetic, often in less
-time, as a group with one output channel fills no matrix unit. Which merge pays depends on the
-shape, dtype, layout and device, so this measures them all, in forward, dgrad (the input's gradient)
-and wgrad (the weight's).
+Merging groups is exact: the weights of neighbouring groups form one block-diagonal weight with
+zeros off the diagonal, and the convolution has fewer groups. It needs more arithmetic and often
+less time, because a group with one output channel cannot fill a matrix unit. The fastest merge
+depends on shape, dtype, memory format and device. All merges are measured, in forward, dgrad (the
+gradient of the input) and wgrad (the gradient of the weight).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from environment import describe
-from inputs import SEED, STAGES
-from options import add_shared, finish_shared, positive_int
-from report import align, write_csv
+from inputs import MEMORY_FORMATS, SEED, STAGES
+from options import add_shared, parse_shared, positive_int
+from report import MACHINE, OUT_OF_TIME, align, failure, write_csv
 from torch import Tensor
 
 from epsanet_fused.nn.grouped_conv import merge_weight
@@ -34,33 +34,32 @@ from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave, make_clock
 
 PASSES = ("forward", "dgrad", "wgrad")
-# The fewest output channels that a merged group may have; 1 leaves the groups as they are.
-LEAST_OUTPUTS = {"as_is": 1, "k8": 8, "k16": 16, "dense": math.inf}
+# The minimum number of output channels of a merged group; 1 keeps the groups.
+MIN_OUTPUTS = {"as_is": 1, "k8": 8, "k16": 16, "dense": math.inf}
 COLUMNS = (
     "stage", "kernel", "groups", "merge", "merged_groups", "channels_in", "channels_out", "size",
     "batch", "dtype", "layout", "cudnn_benchmark", "pass", "ms_p20", "ms_p50", "ms_p80", "samples",
-    "clock", "vs_as_is", "tie", "exact_error", "ok", "note", "device", "driver", "python", "torch",
-    "triton", "cuda", "cudnn", "epsanet_fused", "threads",
+    "clock", "vs_as_is", "tie", "exact_error", "ok", "note", *MACHINE,
 )  # fmt: skip
-# In float64 the merged and the grouped convolution differ by the order of their sums at most.
-EXACT = 1e-12
+# In float64 the merged and the grouped convolution differ only by the order of their sums.
+MAX_EXACT_ERROR = 1e-12
 
 
-class Conv(NamedTuple):
-    """One branch convolution in one setting; its merges are timed against each other."""
+class ConvCase(NamedTuple):
+    """One branch convolution in one setting. Its merges are timed against each other."""
 
     benchmark: bool
     dtype: str
     stage: str
-    layout: str
+    memory_format: str
     kernel: int
     groups: int
 
 
-def plan(stages: Sequence[str], dtypes: Sequence[str], cuda: bool) -> list[Conv]:
-    """All settings, those that decide most first: the autotuned 16-bit ones."""
+def plan(stages: Sequence[str], dtypes: Sequence[str], cuda: bool) -> list[ConvCase]:
+    """Return all settings, the most important ones first: 16 bits with cuDNN autotuned."""
     return [
-        Conv(*point, *conv)
+        ConvCase(*point, *conv)
         for *point, conv in itertools.product(
             (True, False) if cuda else (False,),
             dtypes,
@@ -72,18 +71,22 @@ def plan(stages: Sequence[str], dtypes: Sequence[str], cuda: bool) -> list[Conv]
 
 
 def merges(channels_out: int, groups: int) -> dict[str, int]:
-    """How many groups each merge leaves; merges that come to the same are named once."""
+    """Return the number of groups after each merge, without merges that are equal to another."""
     divisors = [g for g in range(groups, 0, -1) if groups % g == 0]
     found: dict[str, int] = {}
-    for name, least in LEAST_OUTPUTS.items():
-        left = next((g for g in divisors if channels_out // g >= least), 1)
-        if left not in found.values():
-            found[name] = left
+    for name, minimum in MIN_OUTPUTS.items():
+        merged = next((g for g in divisors if channels_out // g >= minimum), 1)
+        if merged not in found.values():
+            found[name] = merged
     return found
 
 
 def unmerge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
-    """The inverse of merge_weight, for gradients: what stands on the blocks' diagonals."""
+    """Invert merge_weight, for gradients: return the blocks on the diagonals.
+
+    The weight is (K, inputs, k, k); the result is (K, inputs // factor, k, k), where the factor is
+    ``groups // merged``.
+    """
     K, inputs, k, _ = weight.shape
     factor = groups // merged
     blocks = weight.reshape(merged, factor, K // groups, factor, inputs // factor, k, k)
@@ -92,7 +95,7 @@ def unmerge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
 
 
 def passes(x: Tensor, weight: Tensor, grad: Tensor, groups: int) -> dict[str, Callable[[], Tensor]]:
-    """The convolution and its two gradients, each by itself."""
+    """Return functions that compute the convolution and its two gradients, each by itself."""
     padding = weight.shape[-1] // 2
 
     def backward(mask: list[bool]) -> tuple[Tensor, ...]:
@@ -107,8 +110,8 @@ def passes(x: Tensor, weight: Tensor, grad: Tensor, groups: int) -> dict[str, Ca
     }
 
 
-class Bench:
-    """Times one convolution's merges after another and keeps the rows."""
+class ConvBench:
+    """Times one convolution after another, with all its merges, and collects the rows."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -118,71 +121,83 @@ class Bench:
         self.rows: list[dict[str, object]] = []
         self._errors: dict[tuple[str, int, int], float] = {}
 
-    def measure(self, conv: Conv, seconds: float) -> None:
-        """All passes of all merges, each kind of pass interleaved over the merges."""
-        rows = {name: self._row(conv, name, left) for name, left in self._merges(conv).items()}
+    def measure(self, conv: ConvCase, seconds: float) -> None:
+        """Time all passes of all merges, for each pass interleaved over the merges."""
+        groups = merges(STAGES[conv.stage][0] // 4, conv.groups)
+        rows = {name: self._row(conv, name, merged) for name, merged in groups.items()}
         exact = {name: row for name, row in rows.items() if row["ok"]}
-        if len(exact) < len(rows):
-            self.rows += (row for row in rows.values() if not row["ok"])
-        # float32 is TF32 where the card has it: cuDNN's default in PyTorch.
+        self.rows += (row for row in rows.values() if not row["ok"])
+        # PyTorch lets cuDNN use TF32 for float32 convolutions by default.
         torch.backends.cudnn.benchmark = conv.benchmark
-        calls = {
-            name: passes(*self._tensors(conv, int(str(row["merged_groups"]))))
-            for name, row in exact.items()
-        }
+        calls = {name: passes(*self._tensors(conv, groups[name]), groups[name]) for name in exact}
         for kind in PASSES:
             variants = {name: Variant(calls[name][kind], nullcontext) for name in exact}
             share = seconds / len(PASSES)
             timings = interleave(variants, self.clock, self.args.reps, share)
-            self.rows += (exact[n] | figures(kind, t, timings) for n, t in timings.items())
+            self.rows += (exact[n] | timing_columns(kind, t, timings) for n, t in timings.items())
 
-    def note(self, conv: Conv, note: str, ok: bool | str) -> None:
-        self.rows.append(self._row_head(conv) | {"note": note, "ok": ok})
+    def skip(self, conv: ConvCase, columns: Mapping[str, object]) -> None:
+        """Record a convolution that was not measured."""
+        self.rows.append(self._shared_columns(conv) | columns)
 
-    def _merges(self, conv: Conv) -> dict[str, int]:
-        return merges(STAGES[conv.stage][0] // 4, conv.groups)
-
-    def _row_head(self, conv: Conv) -> dict[str, object]:
+    def _shared_columns(self, conv: ConvCase) -> dict[str, object]:
         channels, size = STAGES[conv.stage]
-        return dict.fromkeys(COLUMNS, "") | self.environment | {
-            "stage": conv.stage, "kernel": conv.kernel, "groups": conv.groups,
-            "channels_in": channels, "channels_out": channels // 4, "size": size,
-            "batch": self.args.batch, "dtype": conv.dtype, "layout": conv.layout,
-            "cudnn_benchmark": conv.benchmark, "clock": self.clock.name,
-        }  # fmt: skip
+        return (
+            dict.fromkeys(COLUMNS, "")
+            | self.environment
+            | {
+                "stage": conv.stage,
+                "kernel": conv.kernel,
+                "groups": conv.groups,
+                "channels_in": channels,
+                "channels_out": channels // 4,
+                "size": size,
+                "batch": self.args.batch,
+                "dtype": conv.dtype,
+                "layout": conv.memory_format,
+                "cudnn_benchmark": conv.benchmark,
+                "clock": self.clock.name,
+            }
+        )
 
-    def _row(self, conv: Conv, merge: str, merged: int) -> dict[str, object]:
+    def _row(self, conv: ConvCase, merge: str, merged: int) -> dict[str, object]:
         key = (conv.stage, conv.kernel, merged)
         if key not in self._errors:
             self._errors[key] = exact_error(conv, merged, self.device)
         error = self._errors[key]
-        ok = error <= EXACT
-        return self._row_head(conv) | {
-            "merge": merge, "merged_groups": merged, "exact_error": error, "ok": ok,
+        ok = error <= MAX_EXACT_ERROR
+        return self._shared_columns(conv) | {
+            "merge": merge,
+            "merged_groups": merged,
+            "exact_error": error,
+            "ok": ok,
             "note": "" if ok else "WRONG: the merge isn't exact, so it isn't timed",
-        }  # fmt: skip
+        }
 
-    def _tensors(self, conv: Conv, merged: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _tensors(self, conv: ConvCase, merged: int) -> tuple[Tensor, ...]:
+        """Return input, merged weight and gradient in the dtype and memory format to measure."""
         dtype = torch.float32 if conv.dtype == "tf32" else getattr(torch, conv.dtype)
-        last = conv.layout == "channels_last"
-        memory_format = torch.channels_last if last else torch.contiguous_format
+        memory_format = MEMORY_FORMATS[conv.memory_format]
         x, weight, grad = noise(conv, self.args.batch, self.device)
         weight = merge_weight(weight, conv.groups, merged)
-        placed = (t.to(dtype, memory_format=memory_format) for t in (x, weight, grad))
-        return *placed, merged
+        return tuple(t.to(dtype, memory_format=memory_format) for t in (x, weight, grad))
 
 
-def figures(kind: str, timing: Timing, timings: dict[str, Timing]) -> dict[str, object]:
-    """The columns that follow from one pass's timings."""
+def timing_columns(kind: str, timing: Timing, timings: Mapping[str, Timing]) -> dict[str, object]:
+    """Return the columns of one timing, with its speed-up over the convolution as it is."""
     return {
-        "pass": kind, "ms_p20": timing.p20, "ms_p50": timing.p50, "ms_p80": timing.p80,
-        "samples": timing.samples, "vs_as_is": timings["as_is"].p50 / timing.p50,
+        "pass": kind,
+        "ms_p20": timing.p20,
+        "ms_p50": timing.p50,
+        "ms_p80": timing.p80,
+        "samples": timing.samples,
+        "vs_as_is": timings["as_is"].p50 / timing.p50,
         "tie": timing.ties(timings["as_is"]),
-    }  # fmt: skip
+    }
 
 
-def noise(conv: Conv, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Seeded input, grouped weight and gradient of the output."""
+def noise(conv: ConvCase, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input, grouped weight and gradient of the output, the same for each call."""
     channels, size = STAGES[conv.stage]
     generator = torch.Generator(device).manual_seed(SEED)
     k = conv.kernel
@@ -195,27 +210,26 @@ def noise(conv: Conv, batch: int, device: torch.device) -> tuple[Tensor, Tensor,
     return x, weight, grad
 
 
-def exact_error(conv: Conv, merged: int, device: torch.device) -> float:
-    """How far the merged convolution and its gradients are from the grouped, relative, float64."""
+def exact_error(conv: ConvCase, merged: int, device: torch.device) -> float:
+    """Return the largest relative difference between merged and grouped passes in float64."""
     x, weight, grad = (t.double() for t in noise(conv, 1, device))
     grouped = passes(x, weight, grad, conv.groups)
     other = passes(x, merge_weight(weight, conv.groups, merged), grad, merged)
     errors = []
     for kind in PASSES:
-        true, result = grouped[kind](), other[kind]()
+        expected, result = grouped[kind](), other[kind]()
         if kind == "wgrad":
             result = unmerge_weight(result, conv.groups, merged)
-        errors.append(((result - true).abs().max() / true.abs().max()).item())
+        errors.append(((result - expected).abs().max() / expected.abs().max()).item())
     return max(errors)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=positive_int, default=32)
-    parser.add_argument("--quick", action="store_true", help="a few small ones, to see it work")
-    add_shared(parser, 600.0, "what isn't reached by then is recorded as skipped")
-    args = parser.parse_args(argv)
-    finish_shared(parser, args)
+    parser.add_argument("--quick", action="store_true", help="a few small cases, as a test")
+    add_shared(parser, 600.0, "cases not begun by then are recorded as skipped")
+    args = parse_shared(parser, argv)
     args.reps = 20
     if args.quick:
         args.batch, args.reps = 1, 5
@@ -231,16 +245,16 @@ def run(args: argparse.Namespace) -> int:
     if not cuda:
         torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args)
+    bench = ConvBench(args)
     for i, conv in progress(convs, "case", lambda conv: " ".join(map(str, conv))):
         left = deadline - time.perf_counter()
         try:
             if left > 0:
                 bench.measure(conv, left / (len(convs) - i))
             else:
-                bench.note(conv, "skipped: out of time", "")
-        except RuntimeError as error:  # what a library doesn't support must not end the rest
-            bench.note(conv, f"{type(error).__name__}: {error}"[:300], False)
+                bench.skip(conv, {"note": OUT_OF_TIME})
+        except RuntimeError as error:  # a library may not support a case: go on with the others
+            bench.skip(conv, failure(error))
         if i % 16 == 0 or i + 1 == len(convs):
             write_csv(args.out / "conv_cost.csv", bench.rows, COLUMNS)
     print(best_merges(bench.rows))
@@ -250,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def best_merges(rows: Sequence[dict[str, object]]) -> str:
-    """One line per convolution: what it takes as it is, and the merge that beats that, if any."""
+    """Format a line per convolution: its time, and the merge that is faster, if there is one."""
     settings = ("stage", "kernel", "dtype", "layout", "cudnn_benchmark")
     groups: dict[tuple[str, ...], dict[str, list[dict[str, object]]]] = {}
     for row in rows:

@@ -1,40 +1,40 @@
-"""From the CSVs of a visit to a card to the tables that decide.
+"""Turn the CSV files of a run on a GPU into entries for the package's tables of defaults.
 
     python benchmarks/decide.py out        # the folder that gpu_check.py has written
 
-Reads results.csv and conv_cost.csv there, or the one of them that there is, and env.json for the
-card's architecture and L2; prints what they come to. Nothing is written: what goes into a table is
-pasted by hand, with the CSVs put where the table says.
+Reads results.csv and conv_cost.csv from the folder, or the one of them that exists, and env.json
+for the GPU's architecture and L2 size. Prints the entries; you paste them into the tables by hand
+and commit the CSV files with them.
 
-A tie is where the spreads of two timings, p20 to p80, overlap. (The columns `tie` tell medians
-apart that are closer; a table shouldn't turn on the last percent.)
+Two times tie where their spreads, p20 to p80, overlap. (The column ``tie`` compares the medians
+more finely; a table must not depend on the last percent.)
 
-`backends/cuda_table.py`, by the timings of scope tail:
+CUDA_TABLE in backends/defaults.py, from the rows of scope ``tail``:
 
-- One backend runs forward and backward, so two times count: the forward, which is all of inference,
-  and the training step, forward and backward added up. A backend replaces triton where one of the
-  two is shorter beyond a tie and the other isn't longer beyond a tie: nobody loses by a row, and
-  there is nothing to weigh. `cuda:two_pass` replaces `cuda` in the same way.
-- `cuda` is timed by its parts: one pass, or where that refuses, two. A row never asks for
-  `cuda:one_pass`, which would raise an error for branches that aren't dense.
-- The forward counts warm where branches and output fit into L2, as the convolutions have just
-  written the branches, else cold; the backward counts cold, as all the rest of the network comes
-  between. Without env.json both count cold.
-- A row's ranges end with what was measured. Between measured sizes, or batches, they meet at the
-  geometric mean. Where no row is, triton stays; so it does where a tail wasn't timed in both modes
-  by triton and by another, a `?` in the overview.
-- A margin is against the next best, the forward's and the step's each by itself, at the row's worst
-  point. The overview has triton's margins, too: where one of them is far below 1 and the other
-  isn't, a table for each mode would pay.
+- The same backend runs forward and backward. Two times count: the forward, which is all of
+  inference, and the training step, which is forward and backward added up. A backend replaces
+  triton if one of the two is shorter and the other one is not longer, both beyond a tie.
+  ``cuda:two_pass`` replaces ``cuda`` by the same rule.
+- ``cuda`` is timed by its variants: one pass, or two passes where one pass refuses. A row never
+  names ``cuda:one_pass``, which raises an error for branches that are not dense.
+- The forward counts with a warm cache if branches and output fit into L2, because the convolutions
+  have just written the branches; otherwise cold. The backward counts cold, because the rest of the
+  network runs before it. Without env.json both count cold.
+- A row's ranges end at measured values. Between measured sizes, or batches, two ranges meet at the
+  geometric mean. Triton stays where there is no row, and where a tail was not timed in both modes
+  by triton and by another backend: a ``?`` in the overview.
+- A speed-up is the one over the next best backend at the row's worst point, for the forward and for
+  the step. The overview also has triton's: where one of the two is far below 1 and the other is
+  not, a table for each mode would help.
 
-`backends/norm_table.py`, by the timings of scope norm: the operator goes in if it is nowhere slower
-than the three apart beyond a tie, and somewhere faster, having been timed at all four stages in
-both memory formats.
+NORM_TABLE in backends/defaults.py, from the rows of scope ``norm``: the fused operator is entered
+if it is nowhere slower than tail, norm and ReLU by themselves, and faster somewhere, beyond a tie.
+It must have been timed at all four stages in both memory formats.
 
-The conv plan's defaults, by conv_cost.csv with cuDNN autotuned: for each convolution the merge with
-the least time in the forward, and in training (forward, dgrad and wgrad added up), unless it ties
-with as_is; how much faster than as_is it is; and by which layout the four of a stage take less time
-together, each by its own merge.
+The defaults of the conv plan, from conv_cost.csv with cuDNN autotuned: for each convolution the
+merge with the shortest time in the forward, and in training (forward, dgrad and wgrad added up),
+unless it ties with as_is; its speed-up over as_is; and the memory format in which the four
+convolutions of a stage together are faster, each with its own merge.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tail_table
-from inputs import LAYOUTS, STAGES
-from load_results import Card, Row, Time, by_key, read_card, read_rows, time_of, together
-from report import align
+from inputs import MEMORY_FORMATS, STAGES
+from load_results import Gpu, Time, add_up, by_key, read_gpu, read_rows, time_of
+from report import CsvRow, align
 
 from epsanet_fused.nn.psa import CONV_KERNELS
 
@@ -58,23 +58,23 @@ RESULTS = ("scope", *tail_table.KEY, "backend", "ok", "cuda", *TIMES)
 POINT = ("stage", "batch", "dtype", "layout", "cache")
 MERGE = ("dtype", "layout", "stage", "kernel", "merge", "pass")
 CONV_COSTS = (*MERGE, "merged_groups", "batch", "cudnn_benchmark", *TIMES)
-# The passes that each use of a convolution takes.
+# The passes of a convolution in each use.
 USES = {"inference": ("forward",), "training": ("forward", "dgrad", "wgrad")}
 
 
-def tail_decision(rows: Sequence[Row], card: Card, path: Path) -> list[str]:
-    """What each measured tail comes to, and the rows for cuda_table.py that say so."""
-    choices = tail_table.grid(rows, card, path)
+def tail_decision(rows: Sequence[CsvRow], gpu: Gpu, path: Path) -> list[str]:
+    """Return an overview of the backends of all tails, and the rows for CUDA_TABLE."""
+    choices = tail_table.grid(rows, gpu, path)
     if not choices:
         return ["nothing decided: no row is of a tail by triton or by a variant of cuda"]
     lines = [tail_table.overview(choices), ""]
-    if card.arch is None:
-        lines += ["Without an env.json the rows are for any card, and all counts cold.", ""]
-    return lines + (tail_table.source(choices, card) or ["No row: triton runs everything."])
+    if gpu.arch is None:
+        lines += ["Without an env.json the rows are for any GPU, and all times count cold.", ""]
+    return lines + (tail_table.source(choices, gpu) or ["No row: triton runs everything."])
 
 
-def norm_decision(rows: Sequence[Row], path: Path) -> list[str]:
-    """The entry for norm_table.py, or all that speaks against one."""
+def norm_decision(rows: Sequence[CsvRow], path: Path) -> list[str]:
+    """Return the entry for NORM_TABLE, or every reason against it."""
     rows = [row for row in rows if row["scope"] == "norm"]
     if not rows:
         return ["nothing decided: no row is of scope norm"]
@@ -89,7 +89,7 @@ def norm_decision(rows: Sequence[Row], path: Path) -> list[str]:
         else:
             against.append(f"{' '.join(point)}: not timed, or wrong")
     reached = {(point[0], point[3]) for point in times}
-    unreached = [p for p in itertools.product(STAGES, LAYOUTS) if p not in reached]
+    unreached = [p for p in itertools.product(STAGES, MEMORY_FORMATS) if p not in reached]
     against += [f"{' '.join(point)}: not reached" for point in unreached]
     against += [_compared(p, *pair) for p, pair in times.items() if pair[1].beats(pair[0])]
     if len(backends) > 1:
@@ -112,18 +112,18 @@ def _compared(point: Sequence[str], ours: Time, apart: Time) -> str:
     return f"{' '.join(point)}: {apart.p50 / ours.p50:.2f}x as fast as the three apart"
 
 
-class Conv(NamedTuple):
-    """One branch convolution, put to one use."""
+class ConvUse(NamedTuple):
+    """One branch convolution in inference or in training."""
 
     use: str
     dtype: str
     stage: str
-    layout: str
+    memory_format: str
     kernel: str
 
 
 class Merge(NamedTuple):
-    """What it is to be executed as, and how much faster than as it is."""
+    """A convolution's fastest merge and its speed-up over the convolution as it is."""
 
     name: str
     groups: str
@@ -136,85 +136,86 @@ class Merge(NamedTuple):
         return f"{self.name} ({self.groups}) {self.speedup:.2f}x"
 
 
-def conv_decision(rows: Sequence[Row], path: Path) -> list[str]:
-    """The merges for the conv plan, and the layout for each stage."""
+def conv_decision(rows: Sequence[CsvRow], path: Path) -> list[str]:
+    """Return the merges for the conv plan, and the faster memory format of each stage."""
     rows = [row for row in rows if row["cudnn_benchmark"] == "True" and time_of(row)]
     if not rows:
         return ["nothing decided: no row has a time with cuDNN autotuned"]
     chosen = best_merges(rows, path)
     kinds = sorted({conv[:4] for conv in chosen})
-    merges = [("use", "dtype", "stage", "layout", *(f"kernel {k}" for k in CONV_KERNELS))]
+    merges = [("use", "dtype", "stage", "memory format", *(f"kernel {k}" for k in CONV_KERNELS))]
     for kind in kinds:
-        found = (chosen.get(Conv(*kind, str(k)), "") for k in CONV_KERNELS)
+        found = (chosen.get(ConvUse(*kind, str(k)), "") for k in CONV_KERNELS)
         merges.append((*kind, *map(str, found)))
-    layouts = [("use", "dtype", "stage", "faster layout of the four together")]
-    layouts += [(*kind, faster_layout(chosen, *kind)) for kind in sorted({k[:3] for k in kinds})]
+    formats = [("use", "dtype", "stage", "faster memory format of the four together")]
+    stages = sorted({kind[:3] for kind in kinds})
+    formats += [(*stage, faster_memory_format(chosen, *stage)) for stage in stages]
     batches = sorted({int(row["batch"]) for row in rows})
     return [
-        f"batch {', '.join(map(str, batches))}; merge (groups left), how much faster than as_is",
+        f"batch {', '.join(map(str, batches))}; merge (groups after it), speed-up over as_is",
         align(merges, left=len(merges[0]), by=0),
         "",
-        align(layouts, left=len(layouts[0]), by=0),
+        align(formats, left=len(formats[0]), by=0),
     ]
 
 
-def best_merges(rows: Sequence[Row], path: Path) -> dict[Conv, Merge]:
-    """The fastest merge of each convolution that was timed as it is, in each use."""
+def best_merges(rows: Sequence[CsvRow], path: Path) -> dict[ConvUse, Merge]:
+    """Return the fastest merge of each convolution, in each use in which as_is was timed."""
     times: dict[tuple[str, ...], dict[str, dict[str, Time]]] = {}
     groups: dict[tuple[str, ...], str] = {}
     for key, row in by_key(rows, MERGE, path).items():
-        dtype, layout, stage, kernel, merge, kind = key
-        conv = (dtype, stage, layout, kernel)
+        dtype, memory_format, stage, kernel, merge, kind = key
+        conv = (dtype, stage, memory_format, kernel)
         if time := time_of(row):
             times.setdefault(conv, {}).setdefault(merge, {})[kind] = time
             groups[(*conv, merge)] = row["merged_groups"]
     chosen = {}
     for (use, kinds), (conv, merges) in itertools.product(USES.items(), times.items()):
-        whole = {
-            merge: together(found[kind] for kind in kinds)
+        totals = {
+            merge: add_up(found[kind] for kind in kinds)
             for merge, found in merges.items()
             if found.keys() >= set(kinds)
         }
-        if "as_is" not in whole:
+        if "as_is" not in totals:
             continue
-        best = min(whole, key=lambda merge: whole[merge].p50)
-        if not whole[best].beats(whole["as_is"]):
+        best = min(totals, key=lambda merge: totals[merge].p50)
+        if not totals[best].beats(totals["as_is"]):
             best = "as_is"
-        speedup = whole["as_is"].p50 / whole[best].p50
-        chosen[Conv(use, *conv)] = Merge(best, groups[(*conv, best)], whole[best], speedup)
+        speedup = totals["as_is"].p50 / totals[best].p50
+        chosen[ConvUse(use, *conv)] = Merge(best, groups[(*conv, best)], totals[best], speedup)
     return chosen
 
 
-def faster_layout(chosen: Mapping[Conv, Merge], use: str, dtype: str, stage: str) -> str:
-    """By the four convolutions of a stage together, each as it was chosen; "" if one is missing."""
+def faster_memory_format(chosen: Mapping[ConvUse, Merge], use: str, dtype: str, stage: str) -> str:
+    """Compare a stage's four convolutions together, each with its merge; "" if one is missing."""
     totals = {}
-    for layout in LAYOUTS:
-        convs = [Conv(use, dtype, stage, layout, str(kernel)) for kernel in CONV_KERNELS]
+    for memory_format in MEMORY_FORMATS:
+        convs = [ConvUse(use, dtype, stage, memory_format, str(kernel)) for kernel in CONV_KERNELS]
         if any(conv not in chosen for conv in convs):
             return ""
-        totals[layout] = together(chosen[conv].time for conv in convs)
-    faster, slower = sorted(totals, key=lambda layout: totals[layout].p50)
+        totals[memory_format] = add_up(chosen[conv].time for conv in convs)
+    faster, slower = sorted(totals, key=lambda name: totals[name].p50)
     if not totals[faster].beats(totals[slower]):
         return "tie"
     return f"{faster} {totals[slower].p50 / totals[faster].p50:.2f}x"
 
 
 def decide(folder: Path) -> list[str]:
-    """All that the folder's CSVs come to, as lines.
+    """Return the decisions for all CSV files of a folder, as lines of text.
 
     Raises:
-        ValueError: if there are none, one lacks a column, or they are of more than one card.
+        ValueError: if there is no file, one lacks a column, or they are of several GPUs.
     """
     results, conv_cost = folder / "results.csv", folder / "conv_cost.csv"
     rows = read_rows(results, RESULTS) if results.exists() else []
     costs = read_rows(conv_cost, CONV_COSTS) if conv_cost.exists() else []
     if not rows and not costs:
         raise ValueError(f"{folder}: holds neither results.csv nor conv_cost.csv")
-    card = read_card(folder, (row["device"] for row in (*rows, *costs)))
-    lines = [f"{card.name}, by {folder}"]
+    gpu = read_gpu(folder, (row["device"] for row in (*rows, *costs)))
+    lines = [f"{gpu.name}, by {folder}"]
     if rows:
-        lines += ["", "== backends/cuda_table.py", *tail_decision(rows, card, results)]
-        lines += ["", "== backends/norm_table.py", *norm_decision(rows, results)]
+        lines += ["", "== CUDA_TABLE", *tail_decision(rows, gpu, results)]
+        lines += ["", "== NORM_TABLE", *norm_decision(rows, results)]
     if costs:
         lines += ["", "== the conv plan with cuDNN autotuned", *conv_decision(costs, conv_cost)]
     return lines
@@ -222,7 +223,7 @@ def decide(folder: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, help="the folder that gpu_check.py has written")
+    parser.add_argument("results", type=Path, help="the folder that gpu_check.py wrote")
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         parser.error(f"argument results: must be a folder, but {args.results} is none")

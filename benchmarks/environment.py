@@ -1,4 +1,4 @@
-"""What a number was measured on: a timing without its card, driver and versions says nothing."""
+"""Describe the machine that a measurement was taken on: device, driver and versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMI_FIELDS = (
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """The columns of every CSV that say what ran it."""
+    """Return the columns that describe the machine in every CSV file."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),
@@ -40,26 +40,29 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def triton_version() -> str:
-    """Triton's version without importing it, "" where there is none."""
+    """Return Triton's version, or "" if it is not installed. Triton is not imported."""
     if importlib.util.find_spec("triton") is None:
         return ""
     return importlib.metadata.version("triton")
 
 
 def query_smi() -> dict[str, str]:
-    """The first card as nvidia-smi finds it; empty without nvidia-smi. Queries only, sets nothing.
+    """Ask nvidia-smi about the first GPU. No setting is changed.
 
-    A driver that doesn't know one field refuses the whole query, so it is asked for them one by
-    one where it must.
+    A driver that does not know one field refuses the whole query. Then each field is queried by
+    itself.
+
+    Returns:
+        Values by field; empty without nvidia-smi.
     """
     if shutil.which("nvidia-smi") is None:
         return {}
-    if values := _ask_smi(SMI_FIELDS):
+    if values := _run_smi(SMI_FIELDS):
         return values
-    return {k: v for field in SMI_FIELDS for k, v in _ask_smi((field,)).items()}
+    return {k: v for field in SMI_FIELDS for k, v in _run_smi((field,)).items()}
 
 
-def _ask_smi(fields: tuple[str, ...]) -> dict[str, str]:
+def _run_smi(fields: tuple[str, ...]) -> dict[str, str]:
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -69,14 +72,14 @@ def _ask_smi(fields: tuple[str, ...]) -> dict[str, str]:
 
 
 def parse_smi(text: str, fields: tuple[str, ...]) -> dict[str, str]:
-    """The first card's line of ``nvidia-smi --format=csv,noheader`` as {field: value with unit}."""
+    """Parse the first line of ``nvidia-smi --format=csv,noheader``: {field: value with unit}."""
     lines = [line for line in text.splitlines() if line.strip()]
     values = [v.strip() for v in lines[0].split(",")] if lines else []
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last cache before the device's memory."""
+    """Return the size of the device's last-level cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -84,8 +87,8 @@ def cache_bytes(device: torch.device) -> int:
     return max(kilobytes, default=32 * 1024) * 1024
 
 
-def describe_card() -> dict[str, object]:
-    """All there is to say about the card and what drives it."""
+def describe_gpu() -> dict[str, object]:
+    """Return the contents of env.json: the GPU's properties, driver and versions."""
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     return {
@@ -99,4 +102,4 @@ def describe_card() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(describe_card(), indent=2) + "\n")
+    Path(sys.argv[1]).write_text(json.dumps(describe_gpu(), indent=2) + "\n")

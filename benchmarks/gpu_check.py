@@ -1,11 +1,11 @@
-"""Everything worth knowing from a few minutes on a card, in one folder, with one command.
+"""Run all checks and benchmarks on a GPU in at most nine minutes and collect the results.
 
     make gpu-check        # or: PYTHONPATH=. python3 benchmarks/gpu_check.py --out out
 
-Runs the GPU tests, the benchmarks and the sanitizers with what the machine has, in at most nine
-minutes, and ends with a short table; the exit status is 0 only if every check passed. Each step is
-a process group of its own with its own share of the time, so that a crash or a hang costs that step
-and not the rest. It never changes a setting of the card. With more time, or less:
+Runs the GPU tests, the sanitizers and the benchmarks, writes all results to one folder and prints a
+short table. It installs nothing and never changes a setting of the GPU. The exit status is 0 only
+if every check passed. Each step is a process group with its own share of the time: a crash or a
+hang of one step does not end the others. Some steps only, with another limit:
 
     python3 benchmarks/gpu_check.py --steps tests tail-forward --seconds 120
     python3 benchmarks/gpu_check.py --steps tune counters      # these run only when named
@@ -41,25 +41,30 @@ from gpu_plan import (
 )
 from options import SKIPPED, positive_float
 from plots import draw_all
-from report import COLUMNS, align, read_csv, write_csv
+from report import COLUMNS, OUT_OF_TIME, CsvRow, align, read_csv, write_csv
 from summary import summary
 
 from epsanet_fused.utils.atomic_write import write_atomically
 
 NO_GPU = 2
 CUDA_BIN = "/usr/local/cuda/bin"
-# What steps write beside bench_psa.csv, which all come into results.csv. With that, log.txt and
-# plots.pdf these are at most eight files.
-FILES = ("env.json", "gpu-tests.xml", "conv-cost/conv_cost.csv", "tune/tune_triton.csv",
-         "counters/counters.csv")  # fmt: skip
-
-
-Row = dict[str, str]
+# The files of the steps that are copied as they are. The rows of all bench_psa.csv files go to
+# results.csv.
+FILES = (
+    "env.json",
+    "gpu-tests.xml",
+    "conv-cost/conv_cost.csv",
+    "tune/tune_triton.csv",
+    "counters/counters.csv",
+)
 
 
 class Outcome(NamedTuple):
-    """How a step ended: "passed", "FAILED", "skipped"; or, killed at the end of its time,
-    "INCOMPLETE" for a measurement and "OUT OF TIME" for a check."""
+    """The end of a step.
+
+    The status is "passed", "FAILED" or "skipped". A step that was killed at the end of its time is
+    "INCOMPLETE" if it is a measurement and "OUT OF TIME" if it is a check.
+    """
 
     name: str
     status: str
@@ -68,7 +73,7 @@ class Outcome(NamedTuple):
 
 
 def execute(step: Step, seconds: float, log: Path) -> Outcome:
-    """Run one step in a process group of its own; at the end of its time the group is killed."""
+    """Run one step in its own process group and kill the group at the end of its time."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()
@@ -89,7 +94,7 @@ def execute(step: Step, seconds: float, log: Path) -> Outcome:
 
 
 def execute_together(steps: Sequence[Step], seconds: float, log: Path) -> list[Outcome]:
-    """Run some steps at the same time; the log has one after the other."""
+    """Run several steps at the same time. The log holds them one after the other."""
     if len(steps) == 1:
         return [execute(steps[0], seconds, log)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(steps)) as pool:
@@ -102,25 +107,25 @@ def execute_together(steps: Sequence[Step], seconds: float, log: Path) -> list[O
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C: upon it pytest still writes its report, unless it hangs in the driver."""
+    """Send SIGINT and wait: pytest then still writes its report, unless it hangs in the driver."""
     os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=15)  # with several workers it takes 6 to 10
+        process.wait(timeout=15)  # seconds; pytest with several workers takes 6 to 10
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the process and whatever it has left behind."""
+    """Kill the process and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def outcome(step: Step, code: int | None, seconds: float) -> Outcome:
-    """What an exit status means; None stands for a step that had to be killed."""
+    """Turn an exit status into an outcome. None stands for a step that was killed."""
     name = step.name
     if code is None:
         status = "OUT OF TIME" if step.kind == "check" else "INCOMPLETE"
-        return Outcome(name, status, seconds, "killed; what it had written is kept")
+        return Outcome(name, status, seconds, "killed; its files so far are kept")
     if code in (0, SKIPPED):
         status, note = ("skipped", "see log.txt") if code else ("passed", "")
         return Outcome(name, status, seconds, note)
@@ -129,15 +134,21 @@ def outcome(step: Step, code: int | None, seconds: float) -> Outcome:
     return Outcome(name, status, seconds, notes.get(code, f"exit status {code}, see log.txt"))
 
 
-def collect(scratch: Path, out: Path, earlier: Sequence[Row]) -> dict[str, list[Row]]:
-    """Bring what the steps have written so far into the one folder; the rows of each step.
+def collect(scratch: Path, out: Path, earlier: Sequence[CsvRow]) -> dict[str, list[CsvRow]]:
+    """Copy the files that the steps have written so far to the output folder.
 
-    What an earlier run has left there of other steps stays.
+    Args:
+        scratch: the folder with a folder for each step.
+        out: the output folder.
+        earlier: rows of an earlier run; those of steps that did not run again stay.
+
+    Returns:
+        The rows of each step of this run.
     """
     tables = {
         path.parent.name: read_csv(path)
         for path in sorted(scratch.glob("*/bench_psa.csv"))
-        if path.parent.name not in SANITIZERS  # whose timings say nothing
+        if path.parent.name not in SANITIZERS  # timings under a sanitizer have no meaning
     }
     rows = [row for row in earlier if row["step"] not in tables]
     rows += [{"step": step, **row} for step, found in tables.items() for row in found]
@@ -151,41 +162,42 @@ def collect(scratch: Path, out: Path, earlier: Sequence[Row]) -> dict[str, list[
 
 
 def with_counts(outcome: Outcome, scratch: Path) -> Outcome:
-    """The outcome with what only the step's files tell: what was skipped or left out."""
+    """Add the numbers of tests, or of rows that were skipped for lack of time, to an outcome."""
     report = scratch / "gpu-tests.xml"
     if outcome.name == "tests" and report.exists():
         try:
             suite = next(ElementTree.parse(report).iter("testsuite"))
-        except ElementTree.ParseError:  # killed while it wrote
+        except ElementTree.ParseError:  # it was killed while it wrote
             return outcome
         counts = (f"{suite.get(key, '?')} {key}" for key in ("tests", "failures", "skipped"))
         return outcome._replace(note=", ".join(filter(None, (*counts, outcome.note))))
     rows = [row for path in (scratch / outcome.name).glob("*.csv") for row in read_csv(path)]
-    late = sum(row.get("note", "") == "skipped: out of time" for row in rows)
+    late = sum(row.get("note", "") == OUT_OF_TIME for row in rows)
     if late and outcome.status == "passed":
         return outcome._replace(status="INCOMPLETE", note=f"{late} rows out of time, see log.txt")
     return outcome
 
 
 def steps_table(outcomes: Sequence[Outcome]) -> str:
+    """Format a line for each step."""
     head = ("step", "status", "s", "note")
-    return align(
-        [head, *((o.name, o.status, f"{o.seconds:.0f}", o.note) for o in outcomes)], left=2
-    )
+    lines = [(o.name, o.status, f"{o.seconds:.0f}", o.note) for o in outcomes]
+    return align([head, *lines], left=2)
 
 
 def everything_passed(outcomes: Sequence[Outcome], measured: bool) -> bool:
-    """Failed steps and wrong results count, and tests or sanitizers that were killed.
+    """Return whether the run counts as passed.
 
-    A tool that isn't installed doesn't, nor a measurement that found no time: the table says so.
-    But where all measurements came to nothing, something is wrong.
+    Failed steps, wrong results, and killed tests or sanitizers make it fail. Tools that are not
+    installed and measurements that ended early do not, unless no measurement has a result.
     """
     harmless = {"passed", "skipped", "INCOMPLETE"}
-    nothing = not measured and any(o.status == "INCOMPLETE" for o in outcomes)
-    return not nothing and all(o.status in harmless for o in outcomes)
+    no_result = not measured and any(o.status == "INCOMPLETE" for o in outcomes)
+    return not no_result and all(o.status in harmless for o in outcomes)
 
 
 def run(out: Path, scratch: Path, names: Sequence[str] | None, total: float) -> int:
+    """Run the steps, collect their files and print the tables; return the exit status."""
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
@@ -193,7 +205,7 @@ def run(out: Path, scratch: Path, names: Sequence[str] | None, total: float) -> 
     earlier = read_csv(results) if results.exists() else []
     steps, missing = plan(scratch, names)
     outcomes = [Outcome(name, "skipped", 0, reason) for name, reason in missing.items()]
-    tables: dict[str, list[Row]] = {}
+    tables: dict[str, list[CsvRow]] = {}
     in_groups = groups(steps)
     for i, group in enumerate(in_groups):
         seconds = allotment(in_groups, i, total - (time.perf_counter() - began))
@@ -208,7 +220,7 @@ def run(out: Path, scratch: Path, names: Sequence[str] | None, total: float) -> 
     if results.exists():
         try:
             draw_all(out / "plots.pdf", read_csv(results))
-        except Exception as error:  # the measurements are what counts
+        except Exception as error:  # the results are complete without plots
             print(f"no plots: {type(error).__name__}: {error}")
     passed = everything_passed(outcomes, any(tables.values()))
     print(f"{'All checks passed' if passed else 'NOT all checks passed'}; see {out}")
@@ -219,13 +231,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument(
-        "--steps", nargs="+", metavar="STEP", help="these only, in the plan's order"
+        "--steps", nargs="+", metavar="STEP", help="only these, in the order of the plan"
     )
-    parser.add_argument("--seconds", type=positive_float, default=TOTAL_SECONDS,
-                        help=f"for all steps together; default {TOTAL_SECONDS:.0f}")  # fmt: skip
+    seconds_help = f"for all steps together; default {TOTAL_SECONDS:.0f}"
+    parser.add_argument("--seconds", type=positive_float, default=TOTAL_SECONDS, help=seconds_help)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_args(argv)
-    # Where ncu and compute-sanitizer are, if they aren't on PATH.
+    # ncu and compute-sanitizer are often installed there without being on PATH.
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), CUDA_BIN))
     try:
         steps, missing = plan(Path("SCRATCH"), args.steps)
@@ -235,10 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(describe_plan(steps, missing, args.seconds)))
         return 0
     if not torch.cuda.is_available():
-        print(
-            "gpu_check.py: PyTorch finds no GPU here, so there is nothing to check",
-            file=sys.stderr,
-        )
+        print("gpu_check.py: PyTorch finds no GPU here", file=sys.stderr)
         return NO_GPU
     with tempfile.TemporaryDirectory() as scratch:
         return run(args.out.resolve(), Path(scratch), args.steps, args.seconds)

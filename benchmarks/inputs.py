@@ -1,8 +1,9 @@
-"""What goes in: real activations of an EPSANet-50 that looks at two photographs, or noise.
+"""Make the benchmarks' inputs: activations of an EPSANet-50 for two photographs, or noise.
 
-Time depends on shapes and, a little, on values (never time on zeros); errors depend on values a
-lot, so the default are activations as they occur. The weights are seeded, as no trained ones are
-published; BatchNorm statistics are calibrated on the very images, so activations have sane sizes.
+The error of a result depends strongly on the values, and its time depends on them a little: zeros
+are never used. The default are therefore activations as they occur in the network. No trained
+weights are published, so the weights are random with a fixed seed. The BatchNorm statistics are
+calibrated on the same images, which gives activations of a usual size.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from torch import Tensor, nn
 import epsanet_fused as ef
 from epsanet_fused.nn.psa import recalibrate_and_concat
 
-# (channels in = channels out, height = width) of a stride-1 PSA module at 224 x 224.
+# (input channels = output channels, height = width) of a stride-1 PSA module at 224 x 224.
 STAGES = {"S1": (64, 56), "S2": (128, 28), "S3": (256, 14), "S4": (512, 7)}
-LAYOUTS = ("nchw", "channels_last")
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 IMAGE_SIZE = 224
 SEED = 2105_14447
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class LiteralTail(nn.Module):
-    """The tail as reference.py has it, the SE a module as upstream."""
+    """The tail in plain PyTorch with SE as a module, as in the official code."""
 
     def __init__(self, se: ef.SEWeightModule) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class LiteralTail(nn.Module):
 
 
 class OperatorTail(LiteralTail):
-    """The same by the operator."""
+    """The tail as one call of ``psa_tail``."""
 
     def forward(self, *branches: Tensor) -> Tensor:
         fc1, fc2 = self.se.fc1, self.se.fc2
@@ -49,7 +50,7 @@ class OperatorTail(LiteralTail):
 
 
 class NormTail(nn.Module):
-    """A tail, and the norm and the relu that follow it in a block."""
+    """A tail, then BatchNorm2d and ReLU, as in a block."""
 
     def __init__(self, tail: LiteralTail, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class NormTail(nn.Module):
 
 
 class OperatorNormTail(NormTail):
-    """The same by one operator."""
+    """Tail, BatchNorm2d and ReLU as one call of ``psa_tail_norm``."""
 
     def forward(self, *branches: Tensor) -> Tensor:
         fc1, fc2 = self.tail.se.fc1, self.tail.se.fc2
@@ -77,15 +78,22 @@ class Settings(NamedTuple):
     stage: str
     batch: int
     dtype: str
-    layout: str
+    memory_format: str
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
     @property
+    def columns(self) -> dict[str, object]:
+        """The columns of the CSV file that hold these settings."""
+        values = self._asdict()
+        values["layout"] = values.pop("memory_format")
+        return values
+
+    @property
     def autocast(self) -> torch.dtype | None:
-        """16-bit training of anything with weights is mixed precision, as people train."""
+        """The dtype of autocast: 16-bit training of modules with weights is mixed precision."""
         mixed = (
             self.scope not in ("tail", "norm")
             and self.mode != "inference"
@@ -96,24 +104,31 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """The same computation twice, by the official formulation and by ours, and its inputs."""
+    """One computation by the official code (``literal``) and by ours (``fused``)."""
 
     literal: nn.Module
     fused: nn.Module
-    inputs: tuple[Tensor, ...]  # those that require a gradient get one in training
-    output_bytes: int | None  # N, for the tail
+    inputs: tuple[Tensor, ...]  # training computes the gradient of each that requires one
+    output_bytes: int | None  # N, the bytes of the tail's output; None for other scopes
     baselines: Mapping[str, Workload] = field(default_factory=dict)  # other networks, by name
 
 
 class Source:
-    """Makes workloads; the network that real activations come from is built once, when needed."""
+    """Makes the workload of each point. The network is built once, when it is first needed.
+
+    Args:
+        kind: "photos" or "randn".
+        device: where the workloads run.
+        baselines: names of the networks that are compared with EPSANet.
+    """
 
     def __init__(self, kind: str, device: torch.device, baselines: Iterable[str] = ()) -> None:
         self.device = device
-        self._baseline_names = tuple(baselines)  # the networks to set beside ours
+        self._baseline_names = tuple(baselines)
         self._photos = load_photos() if kind == "photos" else None
 
     def workload(self, settings: Settings) -> Workload:
+        """Make the workload of one point of a sweep."""
         make = {
             "tail": self._tail,
             "norm": self._norm_tail,
@@ -155,7 +170,7 @@ class Source:
         return Workload(literal, fused, (self._place(x, settings),), None)
 
     def _block(self, settings: Settings) -> Workload:
-        """The stage's second block: a PSA module, what is around it, and a residual."""
+        """Make a workload of the stage's second block."""
         block = self._blocks[settings.stage]
         literal, fused = self._both(block, settings)
         return Workload(literal, fused, (self._place(self._activations[block], settings),), None)
@@ -170,7 +185,7 @@ class Source:
         return Workload(literal, fused, images, None, baselines)
 
     def _both(self, model: nn.Module, settings: Settings) -> tuple[nn.Module, nn.Module]:
-        """A block or a network as it is, and with its PSA modules replaced."""
+        """Return a copy of a block or a network, and a copy with its PSA modules fused."""
         literal = self._place_weights(model, settings).train(settings.mode != "inference")
         fused = copy.deepcopy(literal)
         for block in [m for m in fused.modules() if isinstance(m, ef.EPSABlock)]:
@@ -206,7 +221,7 @@ class Source:
 
     @functools.cached_property
     def _activations(self) -> dict[nn.Module, Tensor]:
-        """What these blocks and their PSA modules get to see when the network looks at images."""
+        """The inputs of these blocks and of their PSA modules, for two images."""
         modules = [m for block in self._blocks.values() for m in (block, block.conv2)]
         seen: dict[nn.Module, Tensor] = {}
         hooks = [
@@ -227,43 +242,39 @@ class Source:
             return ef.PSAModule(STAGES[stage][0], STAGES[stage][0])
 
     def _place(self, x: Tensor, settings: Settings) -> Tensor:
-        """A leaf on the device, in the settings' batch, dtype and layout, that wants a gradient."""
+        """Return a leaf tensor on the device, of the settings' batch, dtype and memory format."""
         dtype = torch.float32 if settings.autocast else settings.torch_dtype
         x = x.repeat(-(-settings.batch // x.shape[0]), 1, 1, 1)[: settings.batch]
-        x = x.to(self.device, dtype).clone(memory_format=_memory_format(settings))
+        x = x.to(self.device, dtype).clone(memory_format=MEMORY_FORMATS[settings.memory_format])
         return x.requires_grad_(settings.mode != "inference")
 
     def _place_weights(self, module: nn.Module, settings: Settings) -> nn.Module:
         dtype = torch.float32 if settings.autocast else settings.torch_dtype
         placed = copy.deepcopy(module).to(self.device, dtype)
-        return placed.to(memory_format=_memory_format(settings))
-
-
-def _memory_format(settings: Settings) -> torch.memory_format:
-    return torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
+        return placed.to(memory_format=MEMORY_FORMATS[settings.memory_format])
 
 
 def load_photos() -> Tensor:
-    """scikit-learn's two sample photographs: (2, 3, 224, 224), normalised as for ImageNet."""
-    from sklearn.datasets import load_sample_images  # only who asks for photographs needs it
+    """Load scikit-learn's two sample photographs as (2, 3, 224, 224), normalised for ImageNet."""
+    from sklearn.datasets import load_sample_images  # an optional dependency
 
     images = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
     x = images.permute(0, 3, 1, 2).float() / 255  # (2, 3, 427, 640)
     edge = (x.shape[3] - x.shape[2]) // 2
-    x = x[..., edge : edge + x.shape[2]]  # the square in the middle
+    x = x[..., edge : edge + x.shape[2]]  # centre crop: (2, 3, 427, 427)
     x = F.interpolate(x, size=IMAGE_SIZE, mode="bilinear", antialias=True, align_corners=False)
     return (x - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
 
 
 def calibrated(build: Callable[[], nn.Module], images: Tensor) -> nn.Module:
-    """A seeded network in eval mode whose BatchNorms know the images' statistics."""
+    """Build a network in eval mode, with a fixed seed and the images' BatchNorm statistics."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = build()
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = None  # running statistics = the mean over all batches seen: this one
+        norm.momentum = None  # running statistics = the mean over all batches: here one batch
     with torch.no_grad():
         network.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -1,4 +1,4 @@
-"""Clocks for the benchmarks: warm or cold."""
+"""Clocks for the benchmarks, with a warm or a cold last-level cache."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from environment import cache_bytes
 
 from epsanet_fused.utils import timing
 
-# A millisecond: an eager step has up to a hundred kernels to launch.
+# About a millisecond: the host needs that long to launch the hundred kernels of an eager step.
 WAIT_CYCLES = 2_000_000
 
 
 @dataclass(frozen=True)
 class ColdClock:
-    """Fills the last-level cache with something else before each call, outside the timing.
+    """A clock that fills the last-level cache with other data before each call.
 
-    It does so by a copy, which leaves half the cache to be written back, as a steady stream of such
-    calls would: reading alone would give the call's own writes away for free, writing alone would
-    charge it for more than its own.
+    The fill is a copy and is not timed. Afterwards half of the cache must be written back, as in a
+    steady stream of such calls. A fill that only reads would make the call's own writes free; a
+    fill that only writes would charge the call for writes that are not its own.
 
-    A card is then kept waiting until the host has queued all of the call: in the middle of a
-    network the host is ahead, and what is timed is the device. (Warm timings show a slow host.)
+    A GPU then waits until the host has queued all kernels of the call, so that device time alone is
+    measured: in the middle of a network the host runs ahead of the device. A slow host shows in the
+    warm timings.
     """
 
     clock: timing.Clock
@@ -36,6 +37,7 @@ class ColdClock:
         return f"{self.clock.name}, cold{', queued' if self.source.is_cuda else ''}"
 
     def measure(self, call: Callable[[], object], calls: int) -> float:
+        """Return the mean milliseconds of one call."""
         total = 0.0
         for _ in range(calls):
             self.target.copy_(self.source)
@@ -46,6 +48,7 @@ class ColdClock:
 
 
 def make_clock(device: torch.device, cold: bool) -> timing.Clock:
+    """Return the device's clock, with the cache emptied before each call if ``cold``."""
     clock = timing.make_clock(device)
     if not cold:
         return clock

@@ -1,4 +1,4 @@
-"""What a visit to a card has left, read back: the CSVs' rows, the card, times to compare."""
+"""Load the results of a run on a GPU: CSV rows, the GPU's properties, and times to compare."""
 
 from __future__ import annotations
 
@@ -7,67 +7,67 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from report import read_csv
-
-Row = dict[str, str]
+from report import CsvRow, read_csv
 
 
 class Time(NamedTuple):
-    """Milliseconds of a call, or of several together: the median and the spread from run to run."""
+    """The median and the spread of a time in milliseconds, of one call or of several together."""
 
     p20: float
     p50: float
     p80: float
 
     def beats(self, other: Time) -> bool:
-        """Whether it is shorter beyond a tie, which is where the two spreads overlap."""
+        """Return whether this time is shorter and the two spreads do not overlap."""
         return self.p80 < other.p20
 
 
-class Card(NamedTuple):
-    """What ran it; without an env.json beside the CSVs only the name is known."""
+class Gpu(NamedTuple):
+    """The GPU that was measured. Without an env.json file only its name is known."""
 
     name: str
     arch: int | None = None  # 90 for sm_90
     l2_bytes: int = 0
 
 
-def time_of(row: Row) -> Time | None:
-    """None for a row without one; what gave a wrong result has none."""
+def time_of(row: CsvRow) -> Time | None:
+    """Return the row's time, or None for a row that was not timed, such as a wrong result."""
     if row["ms_p50"] == "":
         return None
     return Time(float(row["ms_p20"]), float(row["ms_p50"]), float(row["ms_p80"]))
 
 
-def together(times: Iterable[Time]) -> Time:
-    """One after the other."""
+def add_up(times: Iterable[Time]) -> Time:
+    """Return the time of several calls one after the other."""
     return Time(*map(sum, zip(*times, strict=True)))
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a CSV that has these columns and is of one card.
+def read_rows(path: Path, columns: Sequence[str]) -> list[CsvRow]:
+    """Read a CSV file.
 
     Raises:
-        ValueError: if it hasn't, or isn't.
+        ValueError: if it has no rows, lacks one of the columns or has rows of several GPUs.
     """
     rows = read_csv(path)
     if not rows:
         raise ValueError(f"{path}: holds no rows")
     if missing := [name for name in columns if name not in rows[0]]:
         raise ValueError(f"{path}: has no column {', '.join(missing)}")
-    cards = sorted({row["device"] for row in rows})
-    if len(cards) > 1:
-        raise ValueError(f"{path}: must be of one card, but holds rows of {' and '.join(cards)}")
+    gpus = sorted({row["device"] for row in rows})
+    if len(gpus) > 1:
+        raise ValueError(f"{path}: must be of one GPU, but holds rows of {' and '.join(gpus)}")
     return rows
 
 
-def by_key(rows: Iterable[Row], columns: Sequence[str], path: Path) -> dict[tuple[str, ...], Row]:
-    """Each row by what these columns say.
+def by_key(
+    rows: Iterable[CsvRow], columns: Sequence[str], path: Path
+) -> dict[tuple[str, ...], CsvRow]:
+    """Return the rows by their values in these columns.
 
     Raises:
-        ValueError: if they say the same of two rows.
+        ValueError: if two rows have the same values.
     """
-    found: dict[tuple[str, ...], Row] = {}
+    found: dict[tuple[str, ...], CsvRow] = {}
     for row in rows:
         key = tuple(row[name] for name in columns)
         if key in found:
@@ -76,11 +76,15 @@ def by_key(rows: Iterable[Row], columns: Sequence[str], path: Path) -> dict[tupl
     return found
 
 
-def read_card(folder: Path, names: Iterable[str]) -> Card:
-    """The card that all files in the folder are of.
+def read_gpu(folder: Path, names: Iterable[str]) -> Gpu:
+    """Read the GPU's properties from env.json.
+
+    Args:
+        folder: where env.json may be.
+        names: the devices that the CSV files name.
 
     Raises:
-        ValueError: if they are of more than one.
+        ValueError: if the files are of several GPUs.
     """
     path = folder / "env.json"
     environment = json.loads(path.read_text()) if path.exists() else {}
@@ -88,6 +92,6 @@ def read_card(folder: Path, names: Iterable[str]) -> Card:
     if len(devices) > 1:
         raise ValueError(f"{folder}: its files are of {' and '.join(sorted(devices))}")
     if not environment:
-        return Card(*devices)
+        return Gpu(*devices)
     arch = int(environment["capability"].replace(".", ""))
-    return Card(*devices, arch, environment["l2_bytes"])
+    return Gpu(*devices, arch, environment["l2_bytes"])

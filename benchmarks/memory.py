@@ -1,4 +1,4 @@
-"""Peak extra memory of one call: how far the allocations rise above where they stood before it."""
+"""Measure the peak extra memory of one call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that ``call`` held at one time, its result included, its inputs not.
+    """Return the most bytes that ``call`` allocated at one time, above what was allocated before.
 
-    It sees what goes through PyTorch's allocators, compiled code included, but no scratch memory
-    that a library such as oneDNN allocates for itself.
+    Its result counts, its inputs do not. Memory from PyTorch's allocators is counted, also that of
+    compiled code. Scratch memory that a library such as oneDNN allocates itself is not.
     """
     gc.collect()
     return _cuda_peak(call, device) if device.type == "cuda" else _cpu_peak(call)
@@ -33,7 +33,7 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
-    # The CPU's allocator keeps no statistics; the profiler records each allocation and release.
+    # The CPU allocator keeps no statistics. The profiler records each allocation and release.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = call()
     del result

@@ -1,4 +1,4 @@
-"""The ways to run a workload: one table. A backend of the package joins it by being in it."""
+"""The table of all ways to run a workload. Every backend of the package is in it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,32 @@ import epsanet_fused as ef
 from epsanet_fused.backends.registry import VARIANTS, resolve
 from epsanet_fused.inference.cuda_graph import GraphedModel
 
+SCOPES = ("tail", "norm", "module", "block", "network")
+MODES = ("inference", "training", "backward")
 Step = Callable[[], list[Tensor]]
 
 
 class Prepared(NamedTuple):
-    """Something to time: ``step()`` returns the output and, in training, the gradients."""
+    """A step to time: ``step()`` returns the output and, in training, the gradients."""
 
     step: Step
-    backend: str  # what ran, e.g. what "auto" came to
-    choice: str  # for ef.use_backend, to be in force whenever step is called
-    # What to measure peak memory on, where replays allocate nothing.
+    backend: str  # the backend that runs, for example the one that "auto" takes
+    choice: str  # the argument of ef.use_backend with which step must be called
+    # The step to measure peak memory on: a replay of a CUDA graph allocates nothing.
     memory_step: Step | None
 
 
-class Provider(NamedTuple):
-    """How to build it, and why it can't run on a device, or None."""
+Prepare = Callable[[Workload, str, torch.dtype | None], Prepared]
 
-    prepare: Callable[[Workload, str, torch.dtype | None], Prepared]
-    unavailable: Callable[[torch.device], str | None]
-    scopes: tuple[str, ...] = ("tail", "norm", "module", "block", "network")
-    modes: tuple[str, ...] = ("inference", "training", "backward")
-    own_layout: bool = False  # whether it chooses its memory format itself
+
+class Provider(NamedTuple):
+    """One way to run a workload."""
+
+    prepare: Prepare  # (workload, mode, autocast dtype) -> step
+    unavailable_reason: Callable[[torch.device], str | None]
+    scopes: tuple[str, ...] = SCOPES
+    modes: tuple[str, ...] = MODES
+    chooses_memory_format: bool = False
 
     def fits(self, scope: str, mode: str) -> bool:
         return scope in self.scopes and mode in self.modes
@@ -52,9 +57,9 @@ class Provider(NamedTuple):
 def make_step(
     module: nn.Module, inputs: tuple[Tensor, ...], mode: str, autocast: torch.dtype | None
 ) -> Step:
-    """One inference, one training step (forward and backward), or one backward by itself.
+    """Make a step of inference, of training (forward and backward), or of the backward alone.
 
-    Whoever calls an inference turns gradients off, once for all calls: that isn't to be timed.
+    The caller turns gradients off for inference, because that must not be timed.
     """
     device = inputs[0].device.type
 
@@ -78,10 +83,14 @@ def make_step(
 
 
 def output_gradient(out: Tensor) -> Tensor:
-    """Seeded noise; the same numbers for every provider and for the oracle, in out's format."""
+    """Return the gradient of the output: noise that is the same for all providers and the oracle.
+
+    It has the output's dtype and memory format.
+    """
     generator = torch.Generator(out.device).manual_seed(1)
     noise = torch.randn(out.shape, generator=generator, device=out.device)
-    noise = noise.bfloat16()  # exact in every dtype but float16, where no sane value overflows
+    # bfloat16 values are exact in all other dtypes; float16 holds them unless they are extreme.
+    noise = noise.bfloat16()
     return torch.empty_like(out).copy_(noise)
 
 
@@ -93,18 +102,18 @@ def _plain(workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepa
 def _ours(choice: str, workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
     with ef.use_backend(choice):
         step = make_step(workload.fused, workload.inputs, mode, autocast)
-    return Prepared(step, ran(choice, workload.inputs[0].device), choice, step)
+    return Prepared(step, backend_name(choice, workload.inputs[0].device), choice, step)
 
 
 def _apart(workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
-    """psa_tail, then the norm, then the relu."""
+    """Run psa_tail, then the norm, then the ReLU, each by itself."""
     module = NormTail(workload.fused.tail, workload.fused.norm)
     step = make_step(module, workload.inputs, mode, autocast)
-    return Prepared(step, ran("auto", workload.inputs[0].device), "auto", step)
+    return Prepared(step, backend_name("auto", workload.inputs[0].device), "auto", step)
 
 
-def ran(choice: str, device: torch.device) -> str:
-    """The name of the backend that a choice comes to."""
+def backend_name(choice: str, device: torch.device) -> str:
+    """Return the name of the backend that runs on the device for a choice such as "auto"."""
     return resolve(choice, device.type).name
 
 
@@ -120,8 +129,8 @@ def _compiled(
     with _repeatable_backward() if mode == "backward" else nullcontext():
         step = make_step(compiled, workload.inputs, mode, autocast)
         step()
-    backend = f"inductor+{ran('auto', workload.inputs[0].device)}" if ours else "inductor"
-    # max-autotune replays CUDA graphs, whose memory pool a replay doesn't allocate from.
+    backend = f"inductor+{backend_name('auto', workload.inputs[0].device)}" if ours else "inductor"
+    # With a mode, torch.compile replays CUDA graphs, and a replay allocates nothing.
     return Prepared(step, backend, "auto", None if compile_mode else step)
 
 
@@ -131,7 +140,7 @@ def _frozen(
     mode: str,
     autocast: torch.dtype | None,
 ) -> Prepared:
-    """torch.compile with freezing: weights are constants, folded and packed by Inductor."""
+    """Compile with freezing: Inductor treats weights as constants, folds and packs them."""
     from torch._inductor import config as inductor
 
     module = prepare(workload)
@@ -147,35 +156,37 @@ def _optimized(
 ) -> Prepared:
     module = optimized(workload, cuda_graph)
     step = make_step(module, workload.inputs, mode, autocast)
-    return Prepared(step, ran("auto", workload.inputs[0].device), "auto", step)
+    return Prepared(step, backend_name("auto", workload.inputs[0].device), "auto", step)
 
 
 _optimized_models: list[tuple[nn.Module, bool, nn.Module]] = []
 
 
 def optimized(workload: Workload, cuda_graph: bool = False) -> nn.Module:
-    """What optimize_for_inference makes of the official network; made once for all providers."""
+    """Return the official network after optimize_for_inference; made once for all providers."""
     for model, graphed, made in _optimized_models:
         if model is workload.literal and graphed == cuda_graph:
             return made
-    if cuda_graph:  # of the same rewrites: they needn't be looked for twice
+    if cuda_graph:  # reuse the rewrites: their search takes long
         made = GraphedModel(optimized(workload), workload.inputs)
     else:
         made = ef.optimize_for_inference(workload.literal, *workload.inputs)
         print(f"\n{made.report}\n", file=sys.stderr)
-    del _optimized_models[:-3]  # those of earlier cases
+    del _optimized_models[:-3]  # models of earlier cases
     _optimized_models.append((workload.literal, cuda_graph, made))
     return made
 
 
-def _of_baseline(
-    name: str, prepare, workload: Workload, mode: str, autocast: torch.dtype | None
+def _baseline(
+    name: str, prepare: Prepare, workload: Workload, mode: str, autocast: torch.dtype | None
 ) -> Prepared:
     return prepare(workload.baselines[name], mode, autocast)
 
 
-def _planned(prepare, workload: Workload, mode: str, autocast: torch.dtype | None) -> Prepared:
-    """Another provider of ours, its groups merged as measured to be the fastest in training."""
+def _planned(
+    prepare: Prepare, workload: Workload, mode: str, autocast: torch.dtype | None
+) -> Prepared:
+    """Run another provider of ours with each convolution's fastest merge of groups in training."""
     module = copy.deepcopy(workload.fused)
     device = workload.inputs[0].device.type
     with torch.autocast(device, autocast) if autocast else nullcontext():
@@ -186,9 +197,9 @@ def _planned(prepare, workload: Workload, mode: str, autocast: torch.dtype | Non
 
 @contextmanager
 def _repeatable_backward() -> Iterator[None]:
-    """Compile a backward that may run again and again: it must not use what was saved as scratch.
+    """Compile a backward that can run several times: it must not overwrite the saved tensors.
 
-    Inductor's cache on disk would give back one that does, if training compiled that before.
+    The caches on disk are off, because training may have left a backward there that does.
     """
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
@@ -201,19 +212,19 @@ def _repeatable_backward() -> Iterator[None]:
 
 
 def _graphed(
-    prepare: Callable[[Workload, str, torch.dtype | None], Prepared],
+    prepare: Prepare,
     workload: Workload,
     mode: str,
     autocast: torch.dtype | None,
 ) -> Prepared:
-    """A CUDA graph of another provider's step; its memory is what the step takes uncaptured."""
+    """Capture another provider's step in a CUDA graph. Memory is measured without the graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    # All on one stream: autograd runs a node's backward on the stream of its forward.
+    # Everything runs on one stream: autograd runs a node's backward on the stream of its forward.
     with torch.cuda.stream(stream):
-        # Leaves of its own: those that another provider's graph still holds accumulate on that
-        # one's stream, which a capture can't wait for.
-        inner = prepare(_own_copy(workload), mode, autocast)
+        # The workload is copied: leaves that another provider's graph holds accumulate gradients
+        # on that graph's stream, and a capture cannot wait for another stream.
+        inner = prepare(_copy_workload(workload), mode, autocast)
         with ef.use_backend(inner.choice):
             for _ in range(3):
                 inner.step()
@@ -229,13 +240,13 @@ def _graphed(
     return Prepared(replay, inner.backend, inner.choice, inner.step)
 
 
-def _own_copy(workload: Workload) -> Workload:
+def _copy_workload(workload: Workload) -> Workload:
     inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in workload.inputs)
     literal, fused = copy.deepcopy((workload.literal, workload.fused))
     return dataclasses.replace(workload, literal=literal, fused=fused, inputs=inputs)
 
 
-def _anywhere(device: torch.device) -> None:
+def _always_available(device: torch.device) -> None:
     return None
 
 
@@ -252,13 +263,13 @@ def _needs_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"CUDA graphs don't exist on {device.type}"
 
 
-def _needs_both(device: torch.device) -> str | None:
+def _needs_cuda_and_compiler(device: torch.device) -> str | None:
     return _needs_cuda(device) or _needs_compiler(device)
 
 
 def _needs_backend(name: str, device: torch.device) -> str | None:
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 is set, and an interpreter's time says nothing of a kernel's"
+        return "TRITON_INTERPRET=1 is set: the time of an interpreted kernel has no meaning"
     try:
         resolve(name, device.type)
     except RuntimeError as error:
@@ -279,48 +290,73 @@ _FOR_BASELINES = (
 )
 
 
-def _table() -> dict[str, Provider]:
+def _fused_providers() -> dict[str, Provider]:
+    """Return the providers for every scope and mode: plain PyTorch, compiled and fused."""
     bind = functools.partial
     ours = bind(_ours, "auto")
-    table = {
-        "eager": Provider(_plain, _anywhere),
-        "cleaned": Provider(bind(_ours, "reference"), _anywhere),
+    reduce_overhead = bind(_compiled, False, "reduce-overhead")
+    autotune = bind(_compiled, False, "max-autotune")
+    return {
+        "eager": Provider(_plain, _always_available),
+        "cleaned": Provider(bind(_ours, "reference"), _always_available),
         "compile": Provider(bind(_compiled, False, None), _needs_compiler),
-        "compile-reduce-overhead": Provider(bind(_compiled, False, "reduce-overhead"), _needs_both),
-        "compile-max-autotune": Provider(bind(_compiled, False, "max-autotune"), _needs_both),
+        "compile-reduce-overhead": Provider(reduce_overhead, _needs_cuda_and_compiler),
+        "compile-max-autotune": Provider(autotune, _needs_cuda_and_compiler),
         "eager-graph": Provider(bind(_graphed, _plain), _needs_cuda),
-        "fused": Provider(ours, _anywhere),
+        "fused": Provider(ours, _always_available),
         "fused-compile": Provider(bind(_compiled, True, None), _needs_compiler),
         "fused-graph": Provider(bind(_graphed, ours), _needs_cuda),
+        "apart": Provider(_apart, _always_available, scopes=("norm",)),
     }
-    table["apart"] = Provider(_apart, _anywhere, scopes=("norm",))
-    whole = {"scopes": ("block", "network"), "modes": ("inference",)}
+
+
+def _with_plan(provider: Provider) -> Provider:
+    """Return the provider for training with merged groups."""
+    return provider._replace(
+        prepare=functools.partial(_planned, provider.prepare),
+        scopes=("module", "block", "network"),
+        modes=("training",),
+    )
+
+
+def _inference_providers() -> dict[str, Provider]:
+    """Return the providers for inference of a block or a network."""
+    bind = functools.partial
+    options = {"scopes": ("block", "network"), "modes": ("inference",)}
     frozen = bind(_frozen, lambda workload: workload.literal)
-    optimal = {**whole, "own_layout": True}
-    merges = {"scopes": ("module", "block", "network"), "modes": ("training",)}
-    table |= {
-        name.replace("fused", "planned"): table[name]._replace(
-            prepare=bind(_planned, table[name].prepare), **merges
+    ours = {**options, "chooses_memory_format": True}
+    return {
+        "compile-freezing": Provider(frozen, _needs_compiler, **options),
+        "optimized": Provider(bind(_optimized, False), _always_available, **ours),
+        "optimized-compile": Provider(bind(_frozen, optimized), _needs_compiler, **ours),
+        "optimized-graph": Provider(bind(_optimized, True), _needs_cuda, **ours),
+    }
+
+
+def _backend_providers() -> dict[str, Provider]:
+    """Return a provider for each backend of the package and each variant of one."""
+    # "norm" is left out: not every backend has psa_tail_norm, and "fused" takes one that has it.
+    scopes = ("tail", "module", "block", "network")
+    return {
+        name: Provider(
+            functools.partial(_ours, name), functools.partial(_needs_backend, name), scopes
         )
-        for name in ("fused", "fused-compile", "fused-graph")
+        for name in (*ef.list_backends(), *VARIANTS)
+        if name != "reference"  # the provider "cleaned"
     }
-    table |= {
-        "compile-freezing": Provider(frozen, _needs_compiler, **whole),
-        "optimized": Provider(bind(_optimized, False), _anywhere, **optimal),
-        "optimized-compile": Provider(bind(_frozen, optimized), _needs_compiler, **optimal),
-        "optimized-graph": Provider(bind(_optimized, True), _needs_cuda, **optimal),
-    }
+
+
+def _table() -> dict[str, Provider]:
+    table = _fused_providers()
+    for name in ("fused", "fused-compile", "fused-graph"):
+        table[name.replace("fused", "planned")] = _with_plan(table[name])
+    table |= _inference_providers()
     for baseline, name in itertools.product(BASELINES, _FOR_BASELINES):
-        prepare = bind(_of_baseline, baseline, table[name].prepare)
+        prepare = functools.partial(_baseline, baseline, table[name].prepare)
         table[f"{baseline}:{name}"] = table[name]._replace(prepare=prepare, scopes=("network",))
-    for name in (*ef.list_backends(), *VARIANTS):
-        if name != "reference":  # that is "cleaned"
-            runs = Provider(bind(_ours, name), bind(_needs_backend, name))
-            # Not every backend has the operator of training; "fused" takes the one that does.
-            table[name] = runs._replace(scopes=("tail", "module", "block", "network"))
-    # By its name, a backend's operator of training runs where "auto" doesn't take it yet.
-    by_name = bind(_planned, table["triton"].prepare)
-    table["planned-triton"] = table["triton"]._replace(prepare=by_name, **merges)
+    table |= _backend_providers()
+    # A backend that is named also runs psa_tail_norm where "auto" does not take it.
+    table["planned-triton"] = _with_plan(table["triton"])
     return table
 
 
@@ -328,16 +364,20 @@ PROVIDERS = _table()
 
 
 def defaults(device: torch.device, scope: str) -> list[str]:
-    """Everything that can run here and that isn't the same as another one.
+    """Return the providers that run by default: all that can run here, without duplicates.
 
-    The compiler and the package's backends are named also where they can't: the run says why.
+    "compile" and the package's backends are in the list even where they cannot run, so that the
+    reason is printed.
     """
-    # The tail by itself leaves nothing for the compiler to do around the operator.
-    doubles = {ran("auto", device)} | ({"fused-compile"} if scope == "tail" else set())
+    duplicates = {backend_name("auto", device)}  # the same as "fused"
+    if scope == "tail":
+        duplicates.add("fused-compile")  # there is nothing to compile but the operator
     return [
         name
         for name, provider in PROVIDERS.items()
         if scope in provider.scopes
-        and name not in (*doubles, *VARIANTS)
-        and (name in ("compile", *ef.list_backends()) or provider.unavailable(device) is None)
+        and name not in (*duplicates, *VARIANTS)
+        and (
+            name in ("compile", *ef.list_backends()) or provider.unavailable_reason(device) is None
+        )
     ]

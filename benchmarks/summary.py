@@ -1,51 +1,62 @@
-"""The short table of what a run came to: ours beside everyone else, each by his best provider."""
+"""Format the summary of a run: our best provider beside the best of each alternative."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from baselines import baseline_of
-from report import Row, align
+from report import ResultRow, align
 
-HEAD = ("step", "case", "eager", "compiled", "ours", "", "vs eager", "vs compiled", "% of copy",
-        "ResNet-50")  # fmt: skip
-# Neither ours nor a peer: yardsticks, and the tail in cleaned PyTorch.
-ASIDE = ("copy", "cleaned", "apart", "reference")
+HEAD = (
+    "step",
+    "case",
+    "eager",
+    "compiled",
+    "ours",
+    "",
+    "vs eager",
+    "vs compiled",
+    "% of copy",
+    "ResNet-50",
+)
+# Providers that the summary leaves out: they are references, not alternatives.
+LEFT_OUT = ("copy", "cleaned", "apart", "reference")
 
 
-def summary(tables: Mapping[str, Sequence[Row]]) -> str:
-    """A line for each float16 case of each step: milliseconds, and how much faster ours is.
+def summary(tables: Mapping[str, Sequence[ResultRow]]) -> str:
+    """Format a line for each float16 case of each step: milliseconds and our speed-up.
 
-    Of the tail, whose grid is large, only batch 128 from a cold cache. "" where there are none.
+    Of the tail's many cases only those of batch 128 with a cold cache are shown. The result is ""
+    if there is no case.
     """
     lines = [line for step, rows in tables.items() for line in _lines(step, rows)]
     return align([HEAD, *lines], left=2) if lines else ""
 
 
-def _lines(step: str, rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    cases: dict[str, list[Row]] = {}
+def _lines(step: str, rows: Sequence[ResultRow]) -> list[tuple[str, ...]]:
+    cases: dict[str, list[ResultRow]] = {}
     for row in rows:
         is_tail = row["scope"] in ("tail", "norm")
         small = is_tail and (row["batch"] != "128" or row["cache"] != "cold")
         if row["dtype"] == "float16" and row["ms_p50"] != "" and not small:
-            layout = f" {row['layout']}" if is_tail else ""
-            case = f"{row['mode']} {row['stage']} x {row['batch']}{layout}"
+            memory_format = f" {row['layout']}" if is_tail else ""
+            case = f"{row['mode']} {row['stage']} x {row['batch']}{memory_format}"
             cases.setdefault(case, []).append(row)
     return [(step, case, *_cells(found)) for case, found in cases.items()]
 
 
-def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
-    best: dict[str, Row] = {}
+def _cells(rows: Sequence[ResultRow]) -> tuple[str, ...]:
+    best: dict[str, ResultRow] = {}
     for row in rows:
-        whose = whose_is(str(row["provider"]))
-        if whose not in best or _ms(row) < _ms(best[whose]):
-            best[whose] = row
-    ms = {whose: f"{_ms(row):.4f}" for whose, row in best.items()}
+        group = group_of(str(row["provider"]))
+        if group not in best or _ms(row) < _ms(best[group]):
+            best[group] = row
+    ms = {group: f"{_ms(row):.4f}" for group, row in best.items()}
     ours = best.get("ours")
-    faster = {
-        whose: f"{_ms(best[whose]) / _ms(ours):.2f}x"
-        for whose in ("eager", "compiled")
-        if ours is not None and whose in best
+    speedup = {
+        group: f"{_ms(best[group]) / _ms(ours):.2f}x"
+        for group in ("eager", "compiled")
+        if ours is not None and group in best
     }
     percent = "" if ours is None or ours["percent_of_copy"] == "" else ours["percent_of_copy"]
     return (
@@ -53,23 +64,23 @@ def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
         ms.get("compiled", ""),
         ms.get("ours", ""),
         "" if ours is None else str(ours["provider"]),
-        faster.get("eager", ""),
-        faster.get("compiled", ""),
+        speedup.get("eager", ""),
+        speedup.get("compiled", ""),
         "" if percent == "" else f"{float(str(percent)):.1f}",
         ms.get("resnet50", ""),
     )
 
 
-def whose_is(provider: str) -> str:
-    """eager, compiled, ours or a baseline's name; "aside" for what isn't compared."""
+def group_of(provider: str) -> str:
+    """Return "eager", "compiled", "ours", a baseline's name, or "left out"."""
     if baseline := baseline_of(provider):
         return baseline
-    if provider in ASIDE:
-        return "aside"
+    if provider in LEFT_OUT:
+        return "left out"
     if provider.startswith("eager"):
         return provider
     return "compiled" if provider.startswith("compile") else "ours"
 
 
-def _ms(row: Row) -> float:
+def _ms(row: ResultRow) -> float:
     return float(str(row["ms_p50"]))

@@ -1,5 +1,7 @@
-"""From the timings of tails to rows for epsanet_fused/backends/cuda_table.py; decide.py has the
-rules."""
+"""Choose the fastest backend of each tail, as rows for epsanet_fused/backends/defaults.py.
+
+decide.py states the rules.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from inputs import STAGES
-from load_results import Card, Row, Time, by_key, time_of, together
-from report import align
+from load_results import Gpu, Time, add_up, by_key, time_of
+from report import CsvRow, align
 
 MODES = ("inference", "backward")
-KEEPS = "triton"  # what runs where no row of the table covers a problem
-# What each backend comes to: the first of these that doesn't refuse the problem. "cuda:one_pass"
-# itself is no choice: it refuses branches of a measured size, too, if they aren't dense.
+DEFAULT = "triton"  # the backend of a problem that no row of the table covers
+# The providers that time each backend: it runs the first that does not refuse the problem.
+# "cuda:one_pass" itself is not a choice, because it refuses branches that are not dense.
 RUNS = {
-    KEEPS: ("triton",),
+    DEFAULT: ("triton",),
     "cuda": ("cuda:one_pass", "cuda:two_pass"),
     "cuda:two_pass": ("cuda:two_pass",),
 }
@@ -27,53 +29,58 @@ PROVIDERS = {provider for runs in RUNS.values() for provider in runs}
 KEY = ("layout", "dtype", "stage", "batch", "mode", "cache", "provider")
 
 
-class Kind(NamedTuple):
-    """Tails that differ in their size only."""
+class TailKind(NamedTuple):
+    """Tails that differ only in their size."""
 
-    layout: str
+    memory_format: str
     dtype: str
 
 
-class Size(NamedTuple):
+class TailSize(NamedTuple):
+    """The size of a tail."""
+
     sample_bytes: int  # of all branches together
     batch: int
 
 
 class Times(NamedTuple):
-    """What a backend takes for a tail; a training step is forward and backward."""
+    """A backend's times for a tail. The step of training is forward and backward."""
 
     forward: Time
     step: Time
 
     def beat(self, other: Times) -> bool:
-        """Whether one of the two is shorter, and the other one not longer, beyond ties."""
+        """Return whether one of the two times is shorter and the other one is not longer."""
         pairs = list(zip(self, other, strict=True))
         shorter = any(mine.beats(its) for mine, its in pairs)
         return shorter and not any(its.beats(mine) for mine, its in pairs)
 
 
 class Choice(NamedTuple):
-    """The backend for one tail, or for several; against the next best, at its worst."""
+    """The backend of one tail or of several, with its speed-up over the next best backend.
+
+    For several tails it is the smallest speed-up.
+    """
 
     backend: str
-    forward: float  # how many times as fast
+    forward: float
     step: float
-    rows: int  # of the CSV
+    rows: int  # the number of CSV rows that were compared
 
 
 class Range(NamedTuple):
-    """Neighbouring tails for which one backend was chosen; both ends are inclusive."""
+    """Neighbouring tails with the same backend. Both ends are included."""
 
     sample_bytes: tuple[int, int]
     batch: tuple[int, int]
     choice: Choice
 
 
-Grid = dict[Kind, dict[Size, Choice | None]]
+Grid = dict[TailKind, dict[TailSize, Choice | None]]
 
 
-def grid(rows: Iterable[Row], card: Card, path: Path) -> Grid:
-    """A choice for every tail that was measured; None where there is nothing to choose from.
+def grid(rows: Iterable[CsvRow], gpu: Gpu, path: Path) -> Grid:
+    """Choose a backend for every measured tail; None if there is nothing to compare.
 
     Raises:
         ValueError: if a tail was measured twice.
@@ -83,11 +90,11 @@ def grid(rows: Iterable[Row], card: Card, path: Path) -> Grid:
         for row in rows
         if row["scope"] == "tail" and row["mode"] in MODES and row["provider"] in PROVIDERS
     )
-    points: dict[tuple[Kind, Size], dict[tuple[str, str], Row]] = {}
-    for (layout, dtype, stage, batch, *_), row in by_key(tails, KEY, path).items():
-        size = Size(sample_bytes(stage, dtype), int(batch))
-        point = points.setdefault((Kind(layout, dtype), size), {})
-        if row["cache"] == cache(row["mode"], size, card):
+    points: dict[tuple[TailKind, TailSize], dict[tuple[str, str], CsvRow]] = {}
+    for (memory_format, dtype, stage, batch, *_), row in by_key(tails, KEY, path).items():
+        size = TailSize(sample_bytes(stage, dtype), int(batch))
+        point = points.setdefault((TailKind(memory_format, dtype), size), {})
+        if row["cache"] == cache(row["mode"], size, gpu):
             point[row["mode"], row["provider"]] = row
     found: Grid = {}
     for (kind, size), point in sorted(points.items()):
@@ -96,42 +103,43 @@ def grid(rows: Iterable[Row], card: Card, path: Path) -> Grid:
 
 
 def sample_bytes(stage: str, dtype: str) -> int:
+    """Return the bytes of all branches of one sample."""
     channels, size = STAGES[stage]
     return channels * size * size * getattr(torch, dtype).itemsize
 
 
-def cache(mode: str, size: Size, card: Card) -> str:
-    """The cache as a network leaves it to the tail.
+def cache(mode: str, size: TailSize, gpu: Gpu) -> str:
+    """Return which cache state the tail has in a network: "warm" or "cold".
 
-    The convolutions have just written the branches: they are in L2 where they and the output fit.
-    Until the backward the rest of the network has been through it.
+    Forward, the convolutions have just written the branches: these are in L2 if they fit there
+    together with the output. Before the backward, the rest of the network has replaced them.
     """
-    fits = 2 * math.prod(size) <= card.l2_bytes
+    fits = 2 * math.prod(size) <= gpu.l2_bytes
     return "warm" if mode == "inference" and fits else "cold"
 
 
-def choose(point: Mapping[tuple[str, str], Row]) -> Choice | None:
-    """What the rules come to for one tail, of its rows by mode and provider."""
+def choose(point: Mapping[tuple[str, str], CsvRow]) -> Choice | None:
+    """Choose the backend of one tail from its rows by mode and provider."""
     times: dict[str, Times] = {}
     for backend in RUNS:
         forward, backward = (time_in(point, mode, backend) for mode in MODES)
         if forward and backward:
-            times[backend] = Times(forward, together([forward, backward]))
-    if times.get("cuda:two_pass") == times.get("cuda"):  # one pass refuses it
+            times[backend] = Times(forward, add_up([forward, backward]))
+    if times.get("cuda:two_pass") == times.get("cuda"):  # one_pass refused it
         times.pop("cuda:two_pass", None)
-    if KEEPS not in times or len(times) == 1:
+    if DEFAULT not in times or len(times) == 1:
         return None
-    best = KEEPS
+    best = DEFAULT
     for name in times:
-        if times[name].beat(times[KEEPS]) and (best == KEEPS or times[name].beat(times[best])):
+        if times[name].beat(times[DEFAULT]) and (best == DEFAULT or times[name].beat(times[best])):
             best = name
     others = [times[name] for name in times if name != best]
     forward, step = (min(other[i].p50 for other in others) / times[best][i].p50 for i in range(2))
     return Choice(best, forward, step, len(point))
 
 
-def time_in(point: Mapping[tuple[str, str], Row], mode: str, backend: str) -> Time | None:
-    """The backend's time in this mode, or None if there is none or a result was wrong."""
+def time_in(point: Mapping[tuple[str, str], CsvRow], mode: str, backend: str) -> Time | None:
+    """Return the backend's time in this mode, or None if it was not timed or was wrong."""
     for provider in RUNS[backend]:
         row = point.get((mode, provider))
         if row is None or row["ok"] == "False":
@@ -141,36 +149,39 @@ def time_in(point: Mapping[tuple[str, str], Row], mode: str, backend: str) -> Ti
     return None
 
 
-def ranges(choices: Mapping[Size, Choice | None]) -> Iterator[Range]:
-    """Rectangles that hold every choice but KEEPS, and nothing else that was measured.
+def ranges(choices: Mapping[TailSize, Choice | None]) -> Iterator[Range]:
+    """Cover every choice but DEFAULT by ranges that hold no other measured tail.
 
-    Runs of batches with one choice, put together where neighbouring samples have the same run.
+    Runs of batches with the same choice are merged over neighbouring sample sizes with the same
+    run.
     """
     samples, batches = (sorted(set(axis)) for axis in zip(*choices, strict=True))
-    chosen = {size: c for size, c in choices.items() if c and c.backend != KEEPS}
+    chosen = {size: c for size, c in choices.items() if c and c.backend != DEFAULT}
     backends = {size: choice.backend for size, choice in chosen.items()}
     found = {}
     for sample in samples:
-        runs = stretches(batches, [backends.get(Size(sample, batch)) for batch in batches])
+        runs = stretches(batches, [backends.get(TailSize(sample, batch)) for batch in batches])
         found[sample] = [run for run in runs if run[0]]
     for run in dict.fromkeys(itertools.chain(*found.values())):
         for there, stretch in stretches(samples, [run in found[sample] for sample in samples]):
             if there:
-                held = [chosen[Size(*size)] for size in itertools.product(stretch, run[1])]
+                held = [chosen[TailSize(*size)] for size in itertools.product(stretch, run[1])]
                 sizes, batch = closed(samples, stretch), closed(batches, run[1])
                 yield Range(sizes, batch, at_worst(held))
 
 
 def stretches(axis: Sequence[int], values: Sequence[Any]) -> Iterator[tuple[Any, tuple[int, ...]]]:
-    """Each value with the neighbours on the axis that share it."""
+    """Group neighbours on the axis that have the same value: (value, places on the axis)."""
     pairs = zip(values, axis, strict=True)
     for value, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         yield value, tuple(place for _, place in group)
 
 
 def closed(axis: Sequence[int], stretch: Sequence[int]) -> tuple[int, int]:
-    """From the first to the last of a stretch of the axis, and half of the way, geometrically, to
-    its neighbours there."""
+    """Return the ends of a stretch of the axis, extended to the geometric means with neighbours.
+
+    At the ends of the axis it is not extended.
+    """
     first, last = axis.index(stretch[0]), axis.index(stretch[-1])
     low = math.isqrt(axis[first - 1] * axis[first]) + 1 if first else axis[0]
     high = math.isqrt(axis[last] * axis[last + 1]) if last + 1 < len(axis) else axis[-1]
@@ -178,28 +189,28 @@ def closed(axis: Sequence[int], stretch: Sequence[int]) -> tuple[int, int]:
 
 
 def at_worst(choices: Sequence[Choice]) -> Choice:
-    """Several choices of one backend as one."""
+    """Merge several choices of one backend into one, with the smallest speed-ups."""
     backends, forward, step, rows = zip(*choices, strict=True)
     return Choice(backends[0], min(forward), min(step), sum(rows))
 
 
-def source(found: Grid, card: Card) -> list[str]:
-    """The lines to paste into TABLE; layouts that come to the same share a row."""
+def source(found: Grid, gpu: Gpu) -> list[str]:
+    """Return the lines to paste into CUDA_TABLE. Equal rows of both memory formats are merged."""
     shared: dict[tuple[object, ...], dict[str, Choice]] = {}
     for kind, choices in found.items():
         for sizes, batches, choice in ranges(choices):
             key = (kind.dtype, sizes, batches, choice.backend)
-            shared.setdefault(key, {})[kind.layout] = choice
+            shared.setdefault(key, {})[kind.memory_format] = choice
     lines = []
-    for (dtype, sizes, batches, backend), layouts in shared.items():
-        channels_last = "channels_last" in layouts if len(layouts) == 1 else None
-        _, forward, step, rows = at_worst(list(layouts.values()))
+    for (dtype, sizes, batches, backend), by_format in shared.items():
+        channels_last = "channels_last" in by_format if len(by_format) == 1 else None
+        _, forward, step, rows = at_worst(list(by_format.values()))
         margins = (
             f"forward {forward:.2f}x, step {step:.2f}x as fast as the next best, by {rows} rows"
         )
         lines += [
-            f"    # {card.name}: {margins}",
-            f"    TailRule({card.arch}, {channels_last}, torch.{dtype}, {_pair(sizes)}, "
+            f"    # {gpu.name}: {margins}",
+            f"    TailRule({gpu.arch}, {channels_last}, torch.{dtype}, {_pair(sizes)}, "
             f'{_pair(batches)}, "{backend}"),',
         ]
     return lines
@@ -210,17 +221,17 @@ def _pair(ends: tuple[int, int]) -> str:
 
 
 def overview(found: Grid) -> str:
-    """The choices as a table, a line for each layout, dtype and size of a sample."""
+    """Format the choices as a table: a line for each memory format, dtype and sample size."""
     batches = sorted({size.batch for choices in found.values() for size in choices})
-    lines = [("layout", "dtype", "sample bytes", *(f"batch {batch}" for batch in batches))]
+    lines = [("memory format", "dtype", "sample bytes", *(f"batch {batch}" for batch in batches))]
     for kind, choices in found.items():
         for sample in sorted({size.sample_bytes for size in choices}):
-            cells = (_cell(choices, Size(sample, batch)) for batch in batches)
+            cells = (_cell(choices, TailSize(sample, batch)) for batch in batches)
             lines.append((*kind, f"{sample:_}", *cells))
     return align(lines, left=2, by=0)
 
 
-def _cell(choices: Mapping[Size, Choice | None], size: Size) -> str:
+def _cell(choices: Mapping[TailSize, Choice | None], size: TailSize) -> str:
     if size not in choices:
         return ""
     choice = choices[size]

@@ -1,4 +1,4 @@
-"""What tune_triton.py times: launches at the sizes they serve, and other entries of their table."""
+"""The cases of tune_triton.py: launches at the sizes of a network, and other table entries."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from aot_compile import launches
-from inputs import SEED, STAGES
+from aot_compile import record_launches
+from inputs import MEMORY_FORMATS, SEED, STAGES
 from torch import Tensor
 
 from epsanet_fused.backends.triton import config, launch, launch_norm, psa_tail
@@ -20,33 +20,32 @@ from epsanet_fused.utils.memory_format import accumulator_dtype
 
 BRANCHES = 4
 REDUCTION = 16
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# Factors of the entries there are, the likeliest first: more or fewer 16-byte loads in flight per
-# thread, larger or smaller programs; and widths that divide 3136, 784 and 196 pixels better.
-SUM_FACTORS = (  # of the tile, its pixels and the warps
+# Factors of the present entries, the most promising first: more or fewer 16-byte loads in flight
+# per thread, larger or smaller programs, and widths that divide 3136, 784 and 196 pixels better.
+SUM_FACTORS = (  # (tile, pixels, warps)
     (2, 1, 2), (0.5, 1, 0.5), (0.5, 1, 1), (2, 1, 1), (1, 1, 2), (1, 0.25, 1), (1, 0.125, 1),
     (1, 0.5, 1), (1, 2, 1), (1, 1, 0.5),
 )  # fmt: skip
-WRITE_FACTORS = ((2, 1), (2, 2), (1, 0.5), (4, 2), (0.5, 0.5), (4, 4), (1, 2))  # tile and warps
+WRITE_FACTORS = ((2, 1), (2, 2), (1, 0.5), (4, 2), (0.5, 0.5), (4, 4), (1, 2))  # (tile, warps)
 FOLD_BYTES = (0, 64 * 1024, 256 * 1024, 512 * 1024)
 PROGRAMS = (1024, 2048, 256)
 LARGE = (1 << 20, 1 << 22)
-MOST_WARPS = 32
-Cut = tuple[object, ...]
+MAX_WARPS = 32
+Config = tuple[object, ...]  # how a launch is cut into programs: equal ones are the same launch
 
 
 class Case(NamedTuple):
-    """One launch at one size."""
+    """One launch at one size and in one memory format."""
 
     kind: str
     stage: str
     batch: int
     dtype: str
-    layout: str
+    memory_format: str
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """B, S, C, HW."""
+        """The sizes B, S, C, HW."""
         channels, size = STAGES[self.stage]
         return self.batch, BRANCHES, channels // BRANCHES, size * size
 
@@ -56,30 +55,31 @@ class Case(NamedTuple):
 
     @property
     def channels_last(self) -> bool:
-        return self.layout == "channels_last"
+        return self.memory_format == "channels_last"
 
     @property
     def may_fold(self) -> bool:
+        """Whether the sums may be in one launch with the gate."""
         return self.kind != "gradient_sums"
 
 
-class Candidate(NamedTuple):
-    """Another value for an entry of the table; ``setting`` names the entry and its field."""
+class Override(NamedTuple):
+    """Another value for an entry of backends/triton/config.py."""
 
-    setting: str
-    present: str
-    name: str
-    table: str  # an attribute of config
-    row: str | None  # None where that is a number
+    setting: str  # the entry and its field
+    present: str  # the present value in words
+    name: str  # the other value in words
+    table: str  # the attribute of config
+    row: str | None  # the row of that table; None where the attribute is a number
     value: object
 
 
-# What runs as the table is.
-PRESENT = Candidate("present", "", "", "", None, None)
+# The table as it is.
+PRESENT = Override("present", "", "", "", None, None)
 
 
 class Tensors:
-    """All that the launches of one case read and write; left as allocated unless ``filled``."""
+    """The tensors that the launches of one case read and write; not initialised unless filled."""
 
     def __init__(self, case: Case, device: torch.device, filled: bool) -> None:
         B, S, C, _ = case.sizes
@@ -87,10 +87,9 @@ class Tensors:
         dtype = getattr(torch, case.dtype)
 
         def image(channels: int) -> Tensor:
-            x = torch.empty(
-                (B, channels, side, side),
-                dtype=dtype, device=device, memory_format=LAYOUTS[case.layout],
-            )  # fmt: skip
+            shape = (B, channels, side, side)
+            memory_format = MEMORY_FORMATS[case.memory_format]
+            x = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
             return x.normal_(generator=generator) if filled else x
 
         def numbers(*shape: int) -> Tensor:
@@ -102,7 +101,7 @@ class Tensors:
         self.branches = [image(C) for _ in range(S)]
         self.cat = image(S * C)
         self.grads = [torch.empty_like(x) for x in self.branches]
-        # Divided, so that the gate's sigmoid isn't 1 and its gradient 0.
+        # Divided by the fan-in: otherwise the gate's sigmoid is 1 and its gradient 0.
         self.fc = [numbers(*s).div_(s[-1]) for s in ((R, C), (R,), (C, R), (C,))]
         self.squeeze, self.deviation, self.attention = (numbers(B, S, C) for _ in range(3))
         self.weight, self.shift, self.factor, self.spread = (numbers(B, S, C) for _ in range(4))
@@ -170,13 +169,13 @@ def plan(
     stages: Sequence[str],
     batches: Sequence[int],
     dtypes: Sequence[str],
-    layouts: Sequence[str],
+    memory_formats: Sequence[str],
 ) -> list[Case]:
-    """All cases, dtype by dtype and batch by batch; nobody trains with a batch of one."""
-    points = itertools.product(dtypes, batches, kinds, stages, layouts)
+    """Return all cases, dtype by dtype and batch by batch. A batch of one is for inference only."""
+    points = itertools.product(dtypes, batches, kinds, stages, memory_formats)
     return [
-        Case(kind, stage, batch, dtype, layout)
-        for dtype, batch, kind, stage, layout in points
+        Case(kind, stage, batch, dtype, memory_format)
+        for dtype, batch, kind, stage, memory_format in points
         if batch > 1 or kind in INFERENCE
     ]
 
@@ -184,48 +183,48 @@ def plan(
 def prepare(
     case: Case, device: torch.device, filled: bool = True
 ) -> Callable[[], Sequence[Tensor]]:
-    """The launch, which returns what it has written."""
+    """Return the launch as a function. It returns the tensors that it writes."""
     return functools.partial(KINDS[case.kind], Tensors(case, device, filled))
 
 
-def compile_ahead(case: Case, candidate: Candidate) -> None:
-    """Leave the launch's kernels in Triton's cache; see aot_compile.compilers."""
+def compile_ahead(case: Case, override: Override) -> None:
+    """Compile the launch's kernels into Triton's cache on disk; see aot_compile.compiler_pool."""
     run = prepare(case, torch.device("cpu"), filled=False)
-    with launches(compile_only=True), applied(candidate):
+    with record_launches(compile_only=True), applied(override):
         run()
 
 
-def applied(candidate: Candidate) -> AbstractContextManager[object]:
-    """Meanwhile the table has the candidate's value."""
-    if candidate == PRESENT:
+def applied(override: Override) -> AbstractContextManager[object]:
+    """Change the table inside the context."""
+    if override == PRESENT:
         return nullcontext()
-    if candidate.row is None:
-        return mock.patch.object(config, candidate.table, candidate.value)
-    row = "interpreted" if psa_tail.INTERPRETED else candidate.row
-    return mock.patch.dict(getattr(config, candidate.table), {row: candidate.value})
+    if override.row is None:
+        return mock.patch.object(config, override.table, override.value)
+    row = "interpreted" if psa_tail.INTERPRETED else override.row
+    return mock.patch.dict(getattr(config, override.table), {row: override.value})
 
 
-def trials(case: Case, most: int) -> list[tuple[Candidate, Cut]]:
-    """The table as it is, then ``most`` candidates of each entry, and how each cuts the case."""
+def trials(case: Case, limit: int) -> list[tuple[Override, Config]]:
+    """Return PRESENT and at most ``limit`` overrides of each entry, with the resulting config."""
     found = []
     seen: Counter[str] = Counter()
-    for candidate in (PRESENT, *candidates(case)):
-        seen[candidate.setting] += 1
-        if seen[candidate.setting] <= most:
-            with applied(candidate):
-                found.append((candidate, _cut(case)))
+    for override in (PRESENT, *overrides(case)):
+        seen[override.setting] += 1
+        if seen[override.setting] <= limit:
+            with applied(override):
+                found.append((override, _config(case)))
     return found
 
 
-def distinct(tried: Sequence[tuple[Candidate, Cut]]) -> dict[Cut, Candidate]:
-    """The first candidate of each cut: equal cuts are the same launch."""
-    found: dict[Cut, Candidate] = {}
-    for candidate, cut in tried:
-        found.setdefault(cut, candidate)
+def distinct(tried: Sequence[tuple[Override, Config]]) -> dict[Config, Override]:
+    """Return the first override of each config, so that no launch is timed twice."""
+    found: dict[Config, Override] = {}
+    for override, cfg in tried:
+        found.setdefault(cfg, override)
     return found
 
 
-def _cut(case: Case) -> Cut:
+def _config(case: Case) -> Config:
     B, S, C, HW = case.sizes
     if case.kind in SUMS:
         return config.sum_config(
@@ -235,27 +234,28 @@ def _cut(case: Case) -> Cut:
     normalizes = case.kind.startswith("normalize")
     make = config.normalize_config if normalizes else config.recalibrate_config
     found = make(C, HW, case.channels_last, psa_tail.INTERPRETED)
-    return found if case.channels_last else (found.block, found.warps)  # NCHW is one flat run
+    # For NCHW a sample is one flat run, and only the block and the warps matter.
+    return found if case.channels_last else (found.block, found.warps)
 
 
-def candidates(case: Case) -> list[Candidate]:
-    """What to try in place of the entries that serve the case."""
+def overrides(case: Case) -> list[Override]:
+    """Return other values for the entries that the case uses."""
     if case.kind not in SUMS:
         if case.kind.startswith("normalize"):
-            return _write_candidates("NORMALIZE", case.layout)
-        return _write_candidates("RECALIBRATE", "compiled")
+            return _write_overrides("NORMALIZE", case.memory_format)
+        return _write_overrides("RECALIBRATE", "compiled")
     row = config.sum_row(*case.sizes, case.itemsize, case.may_fold)
-    found = _sum_candidates(row, "tile" if case.kind == "sum" else "product_tile")
+    found = _sum_overrides(row, "tile" if case.kind == "sum" else "product_tile")
     if row != "fold":
-        found += _number_candidates("PROGRAMS", PROGRAMS)
-        found += _number_candidates("LARGE", LARGE)
+        found += _number_overrides("PROGRAMS", PROGRAMS)
+        found += _number_overrides("LARGE", LARGE)
     if case.may_fold:
-        found += _number_candidates("FOLD_BYTES", FOLD_BYTES)
+        found += _number_overrides("FOLD_BYTES", FOLD_BYTES)
     return found
 
 
-def _sum_candidates(row: str, field: str) -> list[Candidate]:
-    """Of the tile's size for sums, or for sums of products, with its width and warps."""
+def _sum_overrides(row: str, field: str) -> list[Override]:
+    """Vary the tile's size for sums (or for sums of products), its width and the warps."""
     present = config.SUM[row]
     words = "{" + field + "} x {pixels} x {warps}"
     found = []
@@ -265,25 +265,27 @@ def _sum_candidates(row: str, field: str) -> list[Candidate]:
             pixels=int(present.pixels * by_pixels),
             warps=int(present.warps * by_warps),
         )
-        found.append(_of_row("SUM", row, f"SUM {row}: {field} x pixels x warps", words, value))
-    return [candidate for candidate in found if candidate.value.warps <= MOST_WARPS]
+        found.append(
+            _row_override("SUM", row, f"SUM {row}: {field} x pixels x warps", words, value)
+        )
+    return [override for override in found if override.value.warps <= MAX_WARPS]
 
 
-def _write_candidates(table: str, row: str) -> list[Candidate]:
+def _write_overrides(table: str, row: str) -> list[Override]:
     present = getattr(config, table)[row]
     values = [
         present._replace(tile=int(present.tile * by_tile), warps=int(present.warps * by_warps))
         for by_tile, by_warps in WRITE_FACTORS
     ]
     setting = f"{table} {row}: tile x warps"
-    return [_of_row(table, row, setting, "{tile} x {warps}", value) for value in values]
+    return [_row_override(table, row, setting, "{tile} x {warps}", value) for value in values]
 
 
-def _of_row(table: str, row: str, setting: str, words: str, value: NamedTuple) -> Candidate:
+def _row_override(table: str, row: str, setting: str, words: str, value: NamedTuple) -> Override:
     present = words.format(**getattr(config, table)[row]._asdict())
-    return Candidate(setting, present, words.format(**value._asdict()), table, row, value)
+    return Override(setting, present, words.format(**value._asdict()), table, row, value)
 
 
-def _number_candidates(name: str, values: Sequence[int]) -> list[Candidate]:
+def _number_overrides(name: str, values: Sequence[int]) -> list[Override]:
     present = str(getattr(config, name))
-    return [Candidate(name, present, str(value), name, None, value) for value in values]
+    return [Override(name, present, str(value), name, None, value) for value in values]

@@ -7,6 +7,6 @@ import pytest
 
 
 @pytest.mark.parametrize("baseline, parameters", [("resnet50", 25557032), ("seresnet50", 28088024)])
-def test_rivals_are_the_published_networks(baseline, parameters):
+def test_baselines_are_the_published_networks(baseline, parameters):
     network = baselines.BASELINES[baseline]()
     assert sum(p.numel() for p in network.parameters()) == parameters

@@ -1,4 +1,4 @@
-"""The cost of the branch convolutions, and merging their groups, which changes no number."""
+"""Test conv_cost.py, and that merging groups changes no number."""
 
 from __future__ import annotations
 

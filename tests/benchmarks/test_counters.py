@@ -1,4 +1,4 @@
-"""counters.py: what it makes of ncu's output, and what it says where it can't measure."""
+"""Test how counters.py parses ncu's output, and its messages where it cannot measure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import pytest
 import torch
 from helpers.processes import is_running, rows_of
 
-PLACE = '"4711","python3.12","127.0.0.1"'
-STREAM, CARD = '"1","7"', '"0","9.0"'
-HEAD = '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream",' \
-    '"Block Size","Grid Size","Device","CC"'  # fmt: skip
-# Two cases of S4 at batch 2 in float16, N = 100352 bytes: two launches, then one.
+PROCESS = '"4711","python3.12","127.0.0.1"'
+STREAM, GPU = '"1","7"', '"0","9.0"'
+HEAD = (
+    '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream",'
+    '"Block Size","Grid Size","Device","CC"'
+)
+# Two cases of S4 at batch 2 in float16, N = 100352 bytes: one of two launches, one of one.
 TRAFFIC = f"""==PROF== Connected to process 4711 (/usr/bin/python3.12)
 ==PROF== Profiling "spin_kernel" - 0: 0%....50%....100% - 1 pass
 ==PROF== Profiling "sum_gate_kernel" - 1: 0%....50%....100% - 1 pass
@@ -28,14 +30,14 @@ TRAFFIC = f"""==PROF== Connected to process 4711 (/usr/bin/python3.12)
 ==PROF== Disconnected from process 4711
 {HEAD},"dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum"
 "","","","","","","","","","","","byte","Kbyte","nsecond"
-"0",{PLACE},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{CARD},"0","0","1,024"
-"1",{PLACE},"sum_gate_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{CARD},"100,352","0","8,192"
-"2",{PLACE},"recalibrate_kernel",{STREAM},"(128, 1, 1)","(14, 1, 1)",{CARD},"0","100.352","2,048"
-"3",{PLACE},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{CARD},"0","0","1,024"
-"4",{PLACE},"sum_gate_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{CARD},"n/a","0","4,096"
+"0",{PROCESS},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{GPU},"0","0","1,024"
+"1",{PROCESS},"sum_gate_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{GPU},"100,352","0","8,192"
+"2",{PROCESS},"recalibrate_kernel",{STREAM},"(128, 1, 1)","(14, 1, 1)",{GPU},"0","100.352","2,048"
+"3",{PROCESS},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{GPU},"0","0","1,024"
+"4",{PROCESS},"sum_gate_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{GPU},"n/a","0","4,096"
 """
-NAMES = ("spin_kernel", "sum_gate_kernel", "recalibrate_kernel", "spin_kernel",
-         "sum_gate_kernel")  # fmt: skip
+FIRST_CASE = ("spin_kernel", "sum_gate_kernel", "recalibrate_kernel")
+NAMES = (*FIRST_CASE, "spin_kernel", "sum_gate_kernel")
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 REST = "\n".join(
     [
@@ -44,7 +46,7 @@ REST = "\n".join(
         f'"{STALLED.format("barrier")}"',
         '"","","","","","","","","","","","register/thread","block","block","inst","inst"',
         *(
-            f'"{i}",{PLACE},"{name}",{STREAM},"","",{CARD},"40","3","4","9.0","3.0"'
+            f'"{i}",{PROCESS},"{name}",{STREAM},"","",{GPU},"40","3","4","9.0","3.0"'
             for i, name in enumerate(NAMES)
         ),
     ]
@@ -60,11 +62,11 @@ def test_without_ncu_it_is_skipped(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """Runs it where ncu writes the texts given, one each time."""
+    """Run counters.py with an ncu that writes these texts, one in each run."""
     monkeypatch.setattr(counters.shutil, "which", lambda name: f"/opt/{name}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(counters, "describe", lambda device: {"device": "some card"})
-    available = counters.PROVIDERS["triton"]._replace(unavailable=lambda device: None)
+    monkeypatch.setattr(counters, "describe", lambda device: {"device": "some GPU"})
+    available = counters.PROVIDERS["triton"]._replace(unavailable_reason=lambda device: None)
     monkeypatch.setitem(counters.PROVIDERS, "triton", available)
 
     def run(*texts: str | None) -> int:
@@ -78,7 +80,9 @@ def measure(tmp_path, monkeypatch):
             return [sys.executable, "-c", code]
 
         monkeypatch.setattr(counters, "command", write)
-        options = "--stages S4 --layout nchw --providers triton --batch 2 --device cuda --out"
+        options = (
+            "--stages S4 --memory-format nchw --providers triton --batch 2 --device cuda --out"
+        )
         seconds = ["--seconds", "1" if None in texts else "100"]
         return counters.run(counters.parse([*options.split(), str(tmp_path), *seconds]))
 
@@ -100,13 +104,13 @@ def test_every_kernel_is_a_row_with_its_bytes_over_n(measure, tmp_path, capsys):
     assert (first["grid"], first["block"]) == ("(2, 1, 1)", "(512, 1, 1)")
     assert (float(first["blocks_per_sm"]), first["limited_by"]) == (3, "registers")
     assert (first["stall"], float(first["stall_percent"])) == ("long_scoreboard", 75)
-    assert (first["provider"], first["stage"], first["device"]) == ("triton", "S4", "some card")
+    assert (first["provider"], first["stage"], first["device"]) == ("triton", "S4", "some GPU")
     printed = capsys.readouterr().out
     assert "S4 nchw forward triton   together            10.2      2.00" in printed
     assert "2 of 2 cases measured" in printed
 
 
-def test_a_second_run_that_found_no_time_leaves_the_first(measure, tmp_path):
+def test_results_of_the_first_run_stay_without_the_second(measure, tmp_path):
     assert measure(TRAFFIC, "") == 0
     rows = rows_of(tmp_path / "counters.csv")
     assert [row["registers"] for row in rows] == [""] * 3
@@ -122,12 +126,12 @@ def test_a_second_run_that_found_no_time_leaves_the_first(measure, tmp_path):
     ],
     ids=["no permission", "no time", "crash"],
 )
-def test_no_counters_is_no_result(measure, text, status, tmp_path):
+def test_without_counters_no_file_is_written(measure, text, status, tmp_path):
     assert measure(text) == status
     assert not (tmp_path / "counters.csv").exists()
 
 
-def test_ncu_is_told_to_leave_the_clocks_alone(monkeypatch):
+def test_ncu_does_not_change_the_clocks(monkeypatch):
     args = counters.parse(["--device", "cpu"])
     for run in (counters.TRAFFIC, counters.REST):
         command = counters.command(args, run, Path("log"))
@@ -138,7 +142,7 @@ def test_ncu_is_told_to_leave_the_clocks_alone(monkeypatch):
         assert again.profiled and counters.plan(again) == counters.plan(args)
 
 
-def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(monkeypatch):
+def test_marker_precedes_every_case_and_only_the_last_step_is_profiled(monkeypatch):
     happened = []
 
     @contextmanager
@@ -149,7 +153,7 @@ def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(mon
 
     def prepare(workload: object, mode: str, autocast: None) -> SimpleNamespace:
         if mode == "backward":
-            raise ValueError("this one can't")  # as the kernels' refusals arrive
+            raise ValueError("this one can't")  # the error of a kernel that refuses a size
         return SimpleNamespace(step=lambda: happened.append("step"), choice="auto")
 
     monkeypatch.setattr(torch.cuda.profiler, "profile", profiled)
@@ -157,14 +161,14 @@ def test_a_marker_comes_before_every_case_and_only_the_last_step_is_profiled(mon
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     provider = counters.PROVIDERS["triton"]._replace(prepare=prepare)
     monkeypatch.setitem(counters.PROVIDERS, "triton", provider)
-    arguments = "--device cpu --stages S4 --layout nchw --providers triton --batch 1"
+    arguments = "--device cpu --stages S4 --memory-format nchw --providers triton --batch 1"
     counters.launch_all(counters.parse(arguments.split()))
     assert " ".join(happened) == "[ marker ] step step [ step ] [ marker ]"
 
 
-def test_what_is_profiled_ends_with_the_time(tmp_path, monkeypatch):
-    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); " \
-            "time.sleep(60)"  # fmt: skip
+def test_profiled_process_is_killed_at_the_end_of_the_time(tmp_path, monkeypatch):
+    write = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    child = f"import os, time; {write}; time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     monkeypatch.setattr(counters, "command", lambda *_: [sys.executable, "-c", parent])
     assert counters.profile(None, counters.TRAFFIC, 3.0) is None

@@ -1,4 +1,4 @@
-"""gpu_check.py: without a card, what can be checked without one."""
+"""Test gpu_check.py without a GPU."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import report
 from helpers.processes import is_running, rows_of, script
 
 
-def test_gpu_check_without_a_gpu_says_so_before_doing_anything(tmp_path):
+def test_without_a_gpu_it_stops_before_it_writes(tmp_path):
     done = script("gpu_check.py", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert "no GPU" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_gpu_check_dry_run_prints_the_plan(tmp_path):
+def test_dry_run_prints_the_plan(tmp_path):
     done = script("gpu_check.py", "--dry-run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for step in ("environment", "tests", "tail-forward", "tail-backward", "norm-training",
-                 "conv-cost", "module", "network-inference", "network-training"):  # fmt: skip
+    steps = "environment tests tail-forward tail-backward norm-training conv-cost module"
+    steps += " network-inference network-training"
+    for step in steps.split():
         assert f"\n{step} (up to " in f"\n{done.stdout}"
     assert "block-training" not in done.stdout
     assert not (tmp_path / "out").exists()
 
 
 def test_steps_can_be_chosen(tmp_path):
-    done = script("gpu_check.py", "--dry-run", "--seconds", "100", "--steps", "block-training",
-                  "environment", "--out", tmp_path / "out")  # fmt: skip
+    options = "--dry-run --seconds 100 --steps block-training environment --out"
+    done = script("gpu_check.py", *options.split(), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     environment, block = done.stdout.splitlines()
     assert environment.startswith("environment (up to 20 s)")
@@ -41,7 +42,7 @@ def test_steps_can_be_chosen(tmp_path):
     assert "got 'magic'" in done.stderr
 
 
-def test_steps_beside_each_other_run_at_the_same_time(tmp_path):
+def test_concurrent_steps_run_at_the_same_time(tmp_path):
     wait = (
         "import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\n"
         "mine.touch()\nwhile not other.exists(): time.sleep(0.05)\nprint('saw', other.name)"
@@ -56,7 +57,7 @@ def test_steps_beside_each_other_run_at_the_same_time(tmp_path):
     assert 0 < text.index("===== a") < text.index("saw b") < text.index("===== b")
 
 
-def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path):
+def test_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path):
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     parent = (
         f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
@@ -76,8 +77,7 @@ def test_a_hanging_step_is_killed_with_its_children_and_the_log_is_kept(tmp_path
     assert not is_running(pid)
 
 
-def test_steps_that_fail_or_pass_are_told_apart(tmp_path):
-
+def test_exit_status_decides_whether_a_step_passed(tmp_path):
     def end(code: int, kind: str):
         command = (sys.executable, "-c", f"raise SystemExit({code})")
         step = gpu_plan.Step("tests", command, 1, kind)
@@ -96,7 +96,7 @@ def test_steps_that_fail_or_pass_are_told_apart(tmp_path):
     assert gpu_check.everything_passed([passed, skipped], measured=True)
 
 
-def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path):
+def test_results_of_all_steps_but_the_sanitizers_are_collected(tmp_path):
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     out.mkdir()
     empty = dict.fromkeys(report.COLUMNS, "")
@@ -105,36 +105,36 @@ def test_results_of_all_steps_are_collected_but_not_a_sanitizers(tmp_path):
         "dtype": "float16", "layout": "nchw", "backend": "triton", "ms_p20": 0.01,
         "ms_p50": 0.0125, "ms_p80": 0.02, "percent_of_copy": 87.5, "device": "GPU",
     }  # fmt: skip
-    peers = [empty | measured | {"provider": provider, "ms_p50": ms} for provider, ms in
-             (("eager", 0.05), ("compile", 0.04), ("compile-max-autotune", 0.03))]  # fmt: skip
+    times = {"eager": 0.05, "compile": 0.04, "compile-max-autotune": 0.03}
+    others = [empty | measured | {"provider": name, "ms_p50": ms} for name, ms in times.items()]
     for folder, provider in (("tail-forward", "fused"), ("module", "cuda"), ("memcheck", "bad")):
         (scratch / folder).mkdir(parents=True)
         row = empty | measured | {"provider": provider}
-        report.write_csv(scratch / folder / "bench_psa.csv", [*peers, row])
+        report.write_csv(scratch / folder / "bench_psa.csv", [*others, row])
     (scratch / "env.json").write_text("{}")
     earlier = [{"step": step} | dict.fromkeys(report.COLUMNS, "") for step in ("norm", "module")]
     tables = gpu_check.collect(scratch, out, earlier)
     assert list(tables) == ["module", "tail-forward"]
     rows = rows_of(out / "results.csv")
-    assert rows[0] == earlier[0], "of a step that wasn't run again"
+    assert rows[0] == earlier[0], "the row of a step that did not run again"
     assert [row["step"] for row in rows] == ["norm"] + 4 * ["module"] + 4 * ["tail-forward"]
     assert [r["ms_p50"] for r in rows[1:5]] == [r["ms_p50"] for r in tables["module"]]
     assert {file.name for file in out.iterdir()} == {"results.csv", "env.json"}
     *_, line = gpu_check.summary(tables).splitlines()
-    assert line.split() == ["tail-forward", "inference", "S1", "x", "128", "nchw", "0.0500",
-                            "0.0300", "0.0125", "fused", "4.00x", "2.40x", "87.5"]  # fmt: skip
+    expected = "tail-forward inference S1 x 128 nchw 0.0500 0.0300 0.0125 fused 4.00x 2.40x 87.5"
+    assert " ".join(line.split()) == expected
     table = gpu_check.steps_table([gpu_check.Outcome("tests", "passed", 12.3, "")])
     assert "tests  passed" in table
 
 
-def test_nothing_measured_leaves_the_results_alone(tmp_path):
+def test_run_without_rows_does_not_write_results(tmp_path):
     assert gpu_check.collect(tmp_path / "scratch", tmp_path, []) == {}
     assert not (tmp_path / "results.csv").exists()
 
 
-def test_what_was_left_out_shows_in_the_table(tmp_path):
-    rows = [dict.fromkeys(report.COLUMNS, "") | {"note": note}
-            for note in ("", "skipped: out of time", "skipped: out of time")]  # fmt: skip
+def test_skipped_rows_and_tests_are_counted_in_the_table(tmp_path):
+    late = "skipped: out of time"
+    rows = [dict.fromkeys(report.COLUMNS, "") | {"note": note} for note in ("", late, late)]
     for step, found in (("module", rows), ("block", rows[:1])):
         (tmp_path / step).mkdir()
         report.write_csv(tmp_path / step / "bench_psa.csv", found)
@@ -152,7 +152,7 @@ def test_what_was_left_out_shows_in_the_table(tmp_path):
     assert gpu_check.with_counts(killed, tmp_path) == killed
 
 
-def test_a_measurement_that_found_no_time_is_no_failed_check():
+def test_killed_measurement_is_not_a_failed_check():
     killed = {
         kind: gpu_check.outcome(gpu_plan.Step("a step", (), 1, kind), None, 1.0)
         for kind in ("measurement", "warm-up", "check")
@@ -160,5 +160,5 @@ def test_a_measurement_that_found_no_time_is_no_failed_check():
     passes = {kind: gpu_check.everything_passed([end], True) for kind, end in killed.items()}
     assert passes == {"measurement": True, "warm-up": True, "check": False}
     assert not gpu_check.everything_passed([killed["measurement"]], measured=False), (
-        "no measurement is no success"
+        "a run without any measurement must not pass"
     )

@@ -17,7 +17,7 @@ from helpers.processes import BENCHMARKS
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """A machine with all the programs that steps can't do without."""
+    """Put all programs that steps need on PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("compute-sanitizer", "ncu"):
@@ -53,22 +53,24 @@ def test_every_planned_command_parses(tmp_path, tools, monkeypatch):
     assert {s.name for s in (*steps, *named) if s.own_deadline} == parsed - {*gpu_plan.SANITIZERS}
 
 
-def test_what_lacks_its_program_is_skipped_with_the_reason(tmp_path, monkeypatch):
+def test_step_without_its_program_is_skipped_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     steps, missing = gpu_plan.plan(tmp_path, ["tests", "memcheck", "counters"])
     assert [step.name for step in steps] == ["tests"]
-    assert missing == {"memcheck": "compute-sanitizer isn't on PATH",
-                       "counters": "ncu isn't on PATH"}  # fmt: skip
+    assert missing == {
+        "memcheck": "compute-sanitizer isn't on PATH",
+        "counters": "ncu isn't on PATH",
+    }
 
 
-def test_only_what_is_not_timed_runs_beside_something(tmp_path, tools):
+def test_only_steps_that_are_not_timed_run_at_the_same_time(tmp_path, tools):
     together = [group for group in gpu_plan.groups(gpu_plan.plan(tmp_path)[0]) if len(group) > 1]
     assert len(together) == 1
     assert {step.kind for step in together[0]} == {"check", "warm-up"}
     assert {"tests", "memcheck", "racecheck"} < {step.name for step in together[0]}
 
 
-def test_time_that_a_step_leaves_goes_to_later_ones():
+def test_unused_time_goes_to_later_steps():
     names = (("a", 10), ("b", 20), ("c", 70))
     groups = [[gpu_plan.Step(name, (), weight, "check")] for name, weight in names]
     groups[1].append(gpu_plan.Step("beside b", (), 5, "check"))
@@ -78,8 +80,8 @@ def test_time_that_a_step_leaves_goes_to_later_ones():
     assert gpu_plan.allotment(groups, 2, -3) == 0
 
 
-def test_ours_is_timed_before_what_takes_long_to_compile(tmp_path):
+def test_ours_is_timed_before_slow_compilations(tmp_path):
     for step in gpu_plan.compiled_steps(tmp_path):
         providers = step.command[step.command.index("--providers") + 1 :]
-        kinds = [summary.whose_is(name) for name in providers]
+        kinds = [summary.group_of(name) for name in providers]
         assert kinds.index("ours") < kinds.index("compiled"), step.name

@@ -7,7 +7,7 @@ import torch
 from memory import peak_extra_bytes
 
 
-def test_cpu_peak_memory_counts_what_is_held_at_one_time():
+def test_cpu_peak_counts_bytes_held_at_one_time():
     a, b = torch.ones(1000, 250), torch.ones(1000, 250)  # 1 MB each
     cpu = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""plots.py: what it shows is what the CSVs hold."""
+"""Test that the plots show the values of the CSV files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ pytest.importorskip("matplotlib")
 
 
 def row(**settings: object) -> dict[str, str]:
-    plain = {"scope": "tail", "mode": "inference", "stage": "S1", "batch": 1, "dtype": "float32",
-             "layout": "nchw", "cache": "warm", "provider": "fused", "device": "a card",
-             "ms_p20": 1, "ms_p50": 2, "ms_p80": 4, "speedup": 3, "gbps": 500,
-             "peak_extra_bytes": 7e6}  # fmt: skip
+    plain = {
+        "scope": "tail", "mode": "inference", "stage": "S1", "batch": 1, "dtype": "float32",
+        "layout": "nchw", "cache": "warm", "provider": "fused", "device": "a GPU",
+        "ms_p20": 1, "ms_p50": 2, "ms_p80": 4, "speedup": 3, "gbps": 500,
+        "peak_extra_bytes": 7e6,
+    }  # fmt: skip
     return {k: str(v) for k, v in (dict.fromkeys(report.COLUMNS, "") | plain | settings).items()}
 
 
-def test_a_folder_of_csvs_becomes_its_plots(tmp_path):
+def test_folder_of_csv_files_is_plotted(tmp_path):
     tail = [row(provider=name) for name in ("eager", "fused", "copy")]
     network = row(scope="network", stage="all", speedup="", gbps="")
     report.write_csv(tmp_path / "tail.csv", tail)
@@ -35,18 +37,21 @@ def test_a_folder_of_csvs_becomes_its_plots(tmp_path):
     assert (tmp_path / "plots.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_each_panel_is_of_one_dtype_cache_mode_and_layout():
+def test_each_panel_has_one_dtype_cache_mode_and_memory_format():
     axes = {
-        "mode": ("inference", "backward"), "dtype": ("float32", "float16"),
-        "layout": ("nchw", "channels_last"), "cache": ("warm", "cold"), "batch": (1, 128),
+        "mode": ("inference", "backward"),
+        "dtype": ("float32", "float16"),
+        "layout": ("nchw", "channels_last"),
+        "cache": ("warm", "cold"),
+        "batch": (1, 128),
         "provider": ("eager", "fused", "copy"),
-    }  # fmt: skip
+    }
     points = itertools.product(*axes.values())
     rows = [row(**dict(zip(axes, point, strict=True))) for point in points]
     panels = plots.panels_of(plots.TOPICS["speedup"], rows)
     assert len(panels) == 4
     for title, shown in panels.items():
-        assert "float16" in title and "cold" in title and "a card" in title
+        assert "float16" in title and "cold" in title and "a GPU" in title
         assert len({(r["mode"], r["dtype"], r["layout"], r["cache"]) for r in shown}) == 1
         assert {r["provider"] for r in shown} == {"eager", "fused"}
         assert {r["batch"] for r in shown} == {"1", "128"}
@@ -54,7 +59,7 @@ def test_each_panel_is_of_one_dtype_cache_mode_and_layout():
     assert all(r["batch"] == "128" for shown in memory.values() for r in shown)
 
 
-def test_with_convolutions_the_better_layout_counts():
+def test_with_convolutions_the_faster_memory_format_is_shown():
     rows = [
         row(scope="network", stage="all", layout=layout, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 2)
         for layout, ms in (("nchw", 20), ("channels_last", 10))
@@ -65,8 +70,7 @@ def test_with_convolutions_the_better_layout_counts():
     assert plots.series_of(topic, shown) == {"fused": {"all": (9, 10, 12)}}
 
 
-def test_the_network_beside_resnet50_has_a_panel_per_dtype_and_batch(bench):
-    plots = bench("plots")
+def test_the_network_beside_resnet50_has_a_panel_per_dtype_and_batch():
     rows = [
         row(scope="network", dtype=dtype, batch=batch, provider=provider, ms_p50=ms, layout=layout)
         for dtype, batch in (("bfloat16", 1), ("float32", 8), ("float32", 1))
@@ -74,14 +78,13 @@ def test_the_network_beside_resnet50_has_a_panel_per_dtype_and_batch(bench):
         for layout, ms in (("nchw", ms), ("channels_last", ms + 1))
     ]
     axes = plots.network_figure([*rows, row(), row(scope="network", mode="training")]).axes
-    assert [ax.get_title() for ax in axes if ax.get_title()] == [
-        "float32, batch 1", "float32, batch 8", "bfloat16, batch 1",
-    ]  # fmt: skip
+    titles = ["float32, batch 1", "float32, batch 8", "bfloat16, batch 1"]
+    assert [ax.get_title() for ax in axes if ax.get_title()] == titles
     assert [bar.get_width() for bar in axes[0].patches] == [20, 10, 15]
     assert axes[0].get_xlim()[0] == 0
 
 
-def test_a_folder_without_measurements_is_refused(tmp_path):
+def test_folder_without_results_is_refused(tmp_path):
     done = script("plots.py", tmp_path)
     assert done.returncode == 2
     assert f"{tmp_path} has none" in done.stderr

@@ -10,7 +10,7 @@ import epsanet_fused as ef
 
 def test_compile_without_a_compiler_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    reason = providers.PROVIDERS["compile"].unavailable(torch.device("cpu"))
+    reason = providers.PROVIDERS["compile"].unavailable_reason(torch.device("cpu"))
     assert reason == "torch.compile needs a C++ compiler, and there is no no-such-compiler"
 
 

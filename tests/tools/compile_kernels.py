@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from aot_compile import FakeDriver, launches
+from aot_compile import FakeDriver, record_launches
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -43,7 +43,7 @@ def main(name: str) -> None:
     triton.runtime.driver.set_active(FakeDriver(target))
     cases = [(run_tail, *case) for case in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES)]
     for run, stage, dtype, layout, batch in cases + [(run_norm, *case) for case in NORM_CASES]:
-        with launches(compile_only=True) as compiled:
+        with record_launches(compile_only=True) as compiled:
             run(*inputs(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch]))
         for kernel, result in compiled:
             line = {"kernel": kernel, "stage": stage, "dtype": dtype, "layout": layout}
