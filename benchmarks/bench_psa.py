@@ -29,7 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "10")
 
 import torch
 from baselines import baseline_of
-from checks import AccuracyChecker
+from checks import NetworkCheckers
 from environment import describe
 from inputs import MEMORY_FORMATS, STAGES, Settings, Source, Workload
 from l2_flush import make_clock
@@ -37,7 +37,7 @@ from memory import peak_extra_bytes
 from options import DTYPES, add_shared, parse_shared, positive_int
 from plots import plot
 from providers import MODES, PROVIDERS, SCOPES, Prepared, defaults
-from report import AXES, COLUMNS, OUT_OF_TIME, failure, label, table, write_csv
+from report import AXES, COLUMNS, OUT_OF_TIME, failure, label, table, timing_columns, write_csv
 
 import epsanet_fused as ef
 from epsanet_fused.backends.registry import VARIANTS
@@ -62,25 +62,6 @@ class Point(NamedTuple):
 
     settings: Settings
     workload: Workload
-
-
-class Checkers:
-    """The accuracy checkers of one point: one for EPSANet and one for each baseline.
-
-    Each is made when it is first needed. The memory format does not change the expected results.
-    """
-
-    def __init__(self, point: Point) -> None:
-        self._workloads = {None: point.workload, **point.workload.baselines}
-        self._settings = point.settings
-        self._made: dict[str | None, AccuracyChecker] = {}
-
-    def of(self, provider: str) -> AccuracyChecker:
-        """Return the checker of the network that this provider runs."""
-        name = baseline_of(provider)
-        if name not in self._made:
-            self._made[name] = AccuracyChecker(self._workloads[name], self._settings)
-        return self._made[name]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -194,7 +175,7 @@ class Bench:
         self, settings: Settings, points: Sequence[Point], deadline: float
     ) -> dict[str, Candidate]:
         """Prepare and check every provider, each in its faster memory format."""
-        checkers = Checkers(points[0])
+        checkers = NetworkCheckers(points[0].workload, points[0].settings)
         found: dict[str, Candidate] = {}
         for name in self.names:
             provider = PROVIDERS[name]
@@ -210,7 +191,7 @@ class Bench:
             self.rows += wrong
         return found
 
-    def _prepare(self, name: str, point: Point, checkers: Checkers) -> Candidate:
+    def _prepare(self, name: str, point: Point, checkers: NetworkCheckers) -> Candidate:
         """Prepare a provider, run it once and compare its result with the expected one."""
         settings, workload = point
         row = self.row(settings, name)
@@ -263,13 +244,10 @@ class Bench:
             share = seconds / len(self.clocks)
             timings = interleave(variants, clock, self.args.reps, share)
             for name, row in rows.items():
-                row = row | {"cache": cache, "clock": clock.name}
+                timed = {"cache": cache, "clock": clock.name}
                 if name in timings:
-                    row |= timing_columns(timings[name], timings)
-                    if workload.output_bytes is not None:
-                        necessary = NECESSARY["inference" if name == "copy" else settings.mode]
-                        row |= traffic_columns(name, timings, workload.output_bytes, necessary)
-                self.rows.append(row)
+                    timed |= result_columns(name, timings, settings.mode, workload.output_bytes)
+                self.rows.append(row | timed)
 
     def fail(self, settings: Settings, error: Exception) -> None:
         """Record a point that failed as a whole, for example for lack of memory."""
@@ -287,31 +265,25 @@ def make_variant(prepared: Prepared) -> Variant:
     return Variant(prepared.step, functools.partial(ef.use_backend, prepared.choice))
 
 
-def timing_columns(timing: Timing, timings: Mapping[str, Timing]) -> dict[str, object]:
-    """Return the columns of one timing, with its speed-up over eager."""
-    row: dict[str, object] = {
-        "ms_p20": timing.p20,
-        "ms_p50": timing.p50,
-        "ms_p80": timing.p80,
-        "samples": timing.samples,
-    }
+def result_columns(
+    name: str, timings: Mapping[str, Timing], mode: str, output_bytes: int | None
+) -> dict[str, object]:
+    """Return a provider's columns: its time, its speed-up over eager and its traffic."""
+    timing = timings[name]
+    row = timing_columns(timing)
     if eager := timings.get("eager"):
         row["speedup"] = eager.p50 / timing.p50
         row["tie"] = timing is not eager and timing.ties(eager)
+    if output_bytes is not None:
+        necessary = NECESSARY["inference" if name == "copy" else mode]
+        rate, copy_rate = necessary / timing.p50, 2 / timings["copy"].p50  # in N per ms
+        row |= {
+            "necessary_bytes": necessary * output_bytes,
+            "gbps": rate * output_bytes / 1e6,
+            "copy_gbps": copy_rate * output_bytes / 1e6,
+            "percent_of_copy": 100 * rate / copy_rate,
+        }
     return row
-
-
-def traffic_columns(
-    name: str, timings: Mapping[str, Timing], output_bytes: int, necessary: int
-) -> dict[str, object]:
-    """Return the columns of the necessary traffic, beside the bandwidth of a copy."""
-    rate, copy_rate = necessary / timings[name].p50, 2 / timings["copy"].p50  # in N per ms
-    return {
-        "necessary_bytes": necessary * output_bytes,
-        "gbps": rate * output_bytes / 1e6,
-        "copy_gbps": copy_rate * output_bytes / 1e6,
-        "percent_of_copy": 100 * rate / copy_rate,
-    }
 
 
 def run(args: argparse.Namespace) -> int:

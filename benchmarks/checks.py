@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from baselines import baseline_of
 from inputs import Settings, Workload
-from providers import make_step
+from steps import make_step
 from torch import Tensor, nn
 
 from epsanet_fused.testing import accuracy
@@ -90,6 +91,25 @@ class AccuracyChecker:
         pairs = zip(gradients, self._expected[1:], strict=True)
         distances = torch.stack([(g.double() - e).norm() / (e.norm() or 1) for g, e in pairs])
         return [output, distances.square().mean().sqrt()]
+
+
+class NetworkCheckers:
+    """The accuracy checkers of one point: one for EPSANet and one for each baseline.
+
+    Each is made when it is first needed. The memory format does not change the expected results.
+    """
+
+    def __init__(self, workload: Workload, settings: Settings) -> None:
+        self._workloads = {None: workload, **workload.baselines}
+        self._settings = settings
+        self._made: dict[str | None, AccuracyChecker] = {}
+
+    def of(self, provider: str) -> AccuracyChecker:
+        """Return the checker of the network that this provider runs."""
+        name = baseline_of(provider)
+        if name not in self._made:
+            self._made[name] = AccuracyChecker(self._workloads[name], self._settings)
+        return self._made[name]
 
 
 def _longest_sum(module: nn.Module) -> int:

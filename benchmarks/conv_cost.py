@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from environment import describe
 from inputs import MEMORY_FORMATS, SEED, STAGES
 from options import add_shared, parse_shared, positive_int
-from report import MACHINE, OUT_OF_TIME, align, failure, write_csv
+from report import MACHINE, OUT_OF_TIME, align, failure, timing_columns, write_csv
 from torch import Tensor
 
 from epsanet_fused.nn.grouped_conv import merge_weight
 from epsanet_fused.nn.psa import CONV_GROUPS, CONV_KERNELS
 from epsanet_fused.utils.progress import progress
-from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave, make_clock
+from epsanet_fused.utils.timing import Clock, Variant, interleave, make_clock
 
 PASSES = ("forward", "dgrad", "wgrad")
 # The minimum number of output channels of a merged group; 1 keeps the groups.
@@ -134,7 +134,11 @@ class ConvBench:
             variants = {name: Variant(calls[name][kind], nullcontext) for name in exact}
             share = seconds / len(PASSES)
             timings = interleave(variants, self.clock, self.args.reps, share)
-            self.rows += (exact[n] | timing_columns(kind, t, timings) for n, t in timings.items())
+            plain = timings["as_is"]
+            for name, timing in timings.items():
+                row = exact[name] | timing_columns(timing) | {"pass": kind}
+                row |= {"vs_as_is": plain.p50 / timing.p50, "tie": timing.ties(plain)}
+                self.rows.append(row)
 
     def skip(self, conv: ConvCase, columns: Mapping[str, object]) -> None:
         """Record a convolution that was not measured."""
@@ -183,19 +187,6 @@ class ConvBench:
         return tuple(t.to(dtype, memory_format=memory_format) for t in (x, weight, grad))
 
 
-def timing_columns(kind: str, timing: Timing, timings: Mapping[str, Timing]) -> dict[str, object]:
-    """Return the columns of one timing, with its speed-up over the convolution as it is."""
-    return {
-        "pass": kind,
-        "ms_p20": timing.p20,
-        "ms_p50": timing.p50,
-        "ms_p80": timing.p80,
-        "samples": timing.samples,
-        "vs_as_is": timings["as_is"].p50 / timing.p50,
-        "tie": timing.ties(timings["as_is"]),
-    }
-
-
 def noise(conv: ConvCase, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return input, grouped weight and gradient of the output, the same for each call."""
     channels, size = STAGES[conv.stage]
@@ -225,6 +216,7 @@ def exact_error(conv: ConvCase, merged: int, device: torch.device) -> float:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=positive_int, default=32)
     parser.add_argument("--quick", action="store_true", help="a few small cases, as a test")
@@ -237,6 +229,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure every convolution, write the CSV file and print the table; return the exit status."""
     deadline = time.perf_counter() + args.seconds
     cuda = args.device.type == "cuda"
     dtypes = ("float16", "bfloat16", "tf32") if cuda else ("float32", "bfloat16")

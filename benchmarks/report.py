@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from epsanet_fused.utils.atomic_write import write_atomically
+from epsanet_fused.utils.timing import Timing
 
 ResultRow = Mapping[str, object]  # one measurement, by column
 CsvRow = dict[str, str]  # the same as read back from a file
@@ -57,6 +58,16 @@ def read_csv(path: Path) -> list[CsvRow]:
 def failure(error: Exception) -> dict[str, object]:
     """Return the columns of a row whose measurement raised an error."""
     return {"ok": False, "note": f"{type(error).__name__}: {error}"[:300]}
+
+
+def timing_columns(timing: Timing, launches: int = 1) -> dict[str, object]:
+    """Return the columns of a timing; of one launch, if it is of several."""
+    return {
+        "ms_p20": timing.p20 / launches,
+        "ms_p50": timing.p50 / launches,
+        "ms_p80": timing.p80 / launches,
+        "samples": timing.samples,
+    }
 
 
 def label(row: ResultRow, varying: Sequence[str]) -> str:

@@ -111,40 +111,48 @@ class Tensors:
 
 
 def sum_forward(t: Tensors) -> Sequence[Tensor]:
+    """Launch the sums and the gate of the forward."""
     launch.sum_and_gate(t.problem, False, t.squeeze, t.attention, t.fc)
     return t.squeeze, t.attention
 
 
 def sum_backward(t: Tensors) -> Sequence[Tensor]:
+    """Launch the sums and the gate of the backward."""
     launch.sum_and_gate(t.problem, True, t.squeeze, t.attention, t.fc, t.spread, t.for_fc)
     return t.spread, *t.for_fc
 
 
 def deviations(t: Tensors) -> Sequence[Tensor]:
+    """Launch the sums of squared differences and the gate of psa_tail_norm."""
     launch_norm.deviations_and_gate(t.problem, t.squeeze, t.deviation, t.attention, t.fc)
     return t.squeeze, t.deviation, t.attention
 
 
 def gradient_sums(t: Tensors) -> Sequence[Tensor]:
+    """Launch the sums of the gradients of psa_tail_norm."""
     return launch_norm.gradient_sums(t.problem, t.squeeze, t.attention, t.norm)
 
 
 def recalibrate(t: Tensors) -> Sequence[Tensor]:
+    """Launch the recalibration of the forward."""
     launch.recalibrate(t.problem, t.attention)
     return (t.cat,)
 
 
 def recalibrate_backward(t: Tensors) -> Sequence[Tensor]:
+    """Launch the recalibration of the backward."""
     launch.recalibrate(launch.problem(t.grads, t.cat), t.attention, t.spread)
     return t.grads
 
 
 def normalize(t: Tensors) -> Sequence[Tensor]:
+    """Launch the normalization of psa_tail_norm."""
     launch_norm.normalize(t.problem, t.squeeze, t.weight, t.shift)
     return (t.cat,)
 
 
 def normalize_backward(t: Tensors) -> Sequence[Tensor]:
+    """Launch the backward of that normalization."""
     problem = launch.problem(t.branches, t.cat, t.grads)
     launch_norm.normalize(problem, t.squeeze, t.weight, t.shift, t.factor, t.spread)
     return t.grads

@@ -30,7 +30,7 @@ from environment import describe
 from inputs import MEMORY_FORMATS, STAGES
 from l2_flush import make_clock
 from options import DTYPES, add_shared, parse_shared, positive_int
-from report import MACHINE, OUT_OF_TIME, ResultRow, align, failure, write_csv
+from report import MACHINE, OUT_OF_TIME, ResultRow, align, failure, timing_columns, write_csv
 from torch import Tensor
 from triton.runtime.errors import TritonError
 from tune_cases import (
@@ -48,7 +48,7 @@ from tune_cases import (
 
 from epsanet_fused.backends.triton import unavailable_reason
 from epsanet_fused.utils.progress import progress
-from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave
+from epsanet_fused.utils.timing import Clock, Variant, interleave
 
 COLUMNS = (
     "setting", "present", "candidate", "kind", "stage", "batch", "dtype", "layout", "cache",
@@ -78,6 +78,16 @@ class Tuner:
         self.environment = describe(self.device)
         self.rows: list[dict[str, object]] = []
 
+    def measure_or_skip(self, case: Case, seconds: float) -> None:
+        """Measure a case; record it as skipped without time, and as failed after an error."""
+        try:
+            if seconds > 0:
+                self.measure(case, seconds)
+            else:
+                self._record(case, {"note": OUT_OF_TIME})
+        except (RuntimeError, TritonError) as error:
+            self._record(case, failure(error))
+
     def measure(self, case: Case, seconds: float) -> None:
         """Time all overrides interleaved with the present table; equal configs are timed once."""
         tried = trials(case, self.max_overrides)
@@ -102,11 +112,14 @@ class Tuner:
             row = self._shared_columns(case, override) | checks[cfg]
             row |= {"cache": cache, "clock": clock.name}
             if cfg in timings:
-                row |= timing_columns(timings[cfg], timings[present], repeats)
+                timing = timings[cfg]
+                row |= timing_columns(timing, repeats)
+                row["ratio"] = timing.p50 / timings[present].p50
+                row["tie"] = timing.ties(timings[present])
             self.rows.append(row)
 
-    def skip(self, case: Case, columns: Mapping[str, object]) -> None:
-        """Record a case that was not measured."""
+    def _record(self, case: Case, columns: Mapping[str, object]) -> None:
+        """Record a case without timings."""
         self.rows.append(self._shared_columns(case, PRESENT) | columns)
 
     def _shared_columns(self, case: Case, override: Override) -> dict[str, object]:
@@ -164,18 +177,6 @@ def check(
 def totals(case: Case, results: Sequence[Tensor]) -> Sequence[Tensor]:
     """Add up partial sums (B, splits, S, C), whose number depends on the config, over splits."""
     return [r.sum(1) for r in results] if case.kind == "gradient_sums" else results
-
-
-def timing_columns(timing: Timing, present: Timing, launches: int) -> dict[str, object]:
-    """Return the columns of one timing, which is of this number of launches."""
-    return {
-        "ms_p20": timing.p20 / launches,
-        "ms_p50": timing.p50 / launches,
-        "ms_p80": timing.p80 / launches,
-        "samples": timing.samples,
-        "ratio": timing.p50 / present.p50,
-        "tie": timing.ties(present),
-    }
 
 
 def summary(rows: Sequence[ResultRow]) -> str:
@@ -251,13 +252,7 @@ def run(args: argparse.Namespace) -> int:
         for i, case in progress(cases, "case", lambda case: " ".join(map(str, case))):
             wait(compiled[i], timeout=max(0.0, deadline - time.perf_counter()))
             left = deadline - time.perf_counter()
-            try:
-                if left > 0:
-                    tuner.measure(case, min(MAX_SECONDS, left / (len(cases) - i)))
-                else:
-                    tuner.skip(case, {"note": OUT_OF_TIME})
-            except (RuntimeError, TritonError) as error:  # go on with the other cases
-                tuner.skip(case, failure(error))
+            tuner.measure_or_skip(case, min(MAX_SECONDS, left / (len(cases) - i)))
             if i % 16 == 0 or i + 1 == len(cases):
                 write_csv(args.out / "tune_triton.csv", tuner.rows, COLUMNS)
     print(summary(tuner.rows))

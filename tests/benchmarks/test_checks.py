@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import checks
 import inputs
-import providers
+import steps
 import torch
 
 
@@ -13,7 +13,7 @@ def test_one_wrong_gradient_among_many_is_seen():
     settings = inputs.Settings("module", "training", "S2", 1, "float32", "nchw")
     workload = inputs.Source("randn", torch.device("cpu")).workload(settings)
     checker = checks.AccuracyChecker(workload, settings)
-    results = providers.make_step(workload.fused, workload.inputs, "training", None)()
+    results = steps.make_step(workload.fused, workload.inputs, "training", None)()
     assert checker.check(results).ok
     fc1_bias = next(i for i, g in enumerate(results) if g.shape == (2,))
     results[fc1_bias] = results[fc1_bias] * 1.01

@@ -84,7 +84,9 @@ def cells(lines: Iterable[str]) -> list[list[str]]:
     return [re.split("  +", line.strip()) for line in "\n".join(lines).splitlines()]
 
 
-def problem(stage: str, batch: int, dtype: str = "float16", memory_format: str = "nchw") -> TailProblem:
+def problem(
+    stage: str, batch: int, dtype: str = "float16", memory_format: str = "nchw"
+) -> TailProblem:
     itemsize = getattr(torch, dtype).itemsize
     sample_bytes = BYTES[stage] * itemsize // 2
     channels_last = memory_format == "channels_last"

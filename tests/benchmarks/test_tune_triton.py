@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import inputs
 import pytest
 import torch
@@ -94,16 +96,15 @@ def test_every_launch_writes_all_tensors_that_it_returns(monkeypatch):
 def test_overrides_change_the_entry_that_the_case_uses(monkeypatch):
     monkeypatch.setattr(tune_cases.psa_tail, "INTERPRETED", False)
     rows = {("S1", 128): "large", ("S1", 32): "small", ("S4", 128): "fold"}
-    for kind in tune_cases.KINDS:
-        for (stage, batch), row in rows.items():
-            for memory_format in inputs.MEMORY_FORMATS:
-                case = tune_cases.Case(kind, stage, batch, "float16", memory_format)
-                tried = tune_cases.trials(case, 99)
-                assert len(tune_cases.distinct(tried)) > 3
-                if kind == "sum":
-                    assert {o.row for o, _ in tried if o.table == "SUM"} == {row}
-                for override, _ in tried[1:]:
-                    assert override.present != override.name
+    points = itertools.product(tune_cases.KINDS, rows.items(), inputs.MEMORY_FORMATS)
+    for kind, ((stage, batch), row), memory_format in points:
+        case = tune_cases.Case(kind, stage, batch, "float16", memory_format)
+        tried = tune_cases.trials(case, 99)
+        assert len(tune_cases.distinct(tried)) > 3
+        if kind == "sum":
+            assert {o.row for o, _ in tried if o.table == "SUM"} == {row}
+        for override, _ in tried[1:]:
+            assert override.present != override.name
 
 
 def test_fold_bytes_moves_the_sums_from_one_launch_to_two(monkeypatch):
