@@ -233,14 +233,18 @@ def distinct(tried: Sequence[tuple[Override, Config]]) -> dict[Config, Override]
 
 
 def _config(case: Case) -> Config:
-    B, S, C, HW = case.sizes
     if case.kind in SUMS:
         return config.sum_config(
-            B, S, C, HW, case.itemsize, case.channels_last, case.kind != "sum",
-            psa_tail.INTERPRETED, case.may_fold,
-        )  # fmt: skip
+            *case.sizes,
+            case.itemsize,
+            case.channels_last,
+            case.kind != "sum",
+            psa_tail.INTERPRETED,
+            case.may_fold,
+        )
     normalizes = case.kind.startswith("normalize")
     make = config.normalize_config if normalizes else config.recalibrate_config
+    _, _, C, HW = case.sizes
     found = make(C, HW, case.channels_last, psa_tail.INTERPRETED)
     # For NCHW a sample is one flat run, and only the block and the warps matter.
     return found if case.channels_last else (found.block, found.warps)

@@ -97,7 +97,7 @@ class Tuner:
         expected = [result.clone() for result in totals(case, launch())]
         checks = {cfg: check(case, launch, o, expected) for cfg, o in configs.items()}
         if checks[present]["ok"] is not True:
-            raise RuntimeError(f"the present: {checks[present]['note'] or 'not run'}")
+            raise RuntimeError(f"the present table: {checks[present]['note'] or 'not run'}")
         on_gpu = self.device.type == "cuda"
         cache = "cold" if on_gpu and case.batch > 1 else "warm"
         repeats = WARM_LAUNCHES if on_gpu and cache == "warm" else 1

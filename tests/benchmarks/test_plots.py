@@ -61,8 +61,8 @@ def test_each_panel_has_one_dtype_cache_mode_and_memory_format():
 
 def test_with_convolutions_the_faster_memory_format_is_shown():
     rows = [
-        row(scope="network", stage="all", layout=layout, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 2)
-        for layout, ms in (("nchw", 20), ("channels_last", 10))
+        row(scope="network", stage="all", layout=name, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 2)
+        for name, ms in (("nchw", 20), ("channels_last", 10))
     ]
     topic = plots.TOPICS["latency"]
     [(title, shown)] = plots.panels_of(topic, rows).items()
@@ -72,10 +72,10 @@ def test_with_convolutions_the_faster_memory_format_is_shown():
 
 def test_the_network_beside_resnet50_has_a_panel_per_dtype_and_batch():
     rows = [
-        row(scope="network", dtype=dtype, batch=batch, provider=provider, ms_p50=ms, layout=layout)
+        row(scope="network", dtype=dtype, batch=batch, provider=provider, ms_p50=ms, layout=name)
         for dtype, batch in (("bfloat16", 1), ("float32", 8), ("float32", 1))
         for provider, ms in (("eager", 20), ("optimized", 10), ("resnet50:eager", 15))
-        for layout, ms in (("nchw", ms), ("channels_last", ms + 1))
+        for name, ms in (("nchw", ms), ("channels_last", ms + 1))
     ]
     axes = plots.network_figure([*rows, row(), row(scope="network", mode="training")]).axes
     titles = ["float32, batch 1", "float32, batch 8", "bfloat16, batch 1"]

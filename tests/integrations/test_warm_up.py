@@ -40,7 +40,7 @@ def cache_use(script: str, cache: Path, *arguments: str) -> tuple[int, int]:
 
 
 def test_what_was_warmed_up_is_not_compiled_again(tmp_path: Path) -> None:
-    options = "--scope module --mode training --stages S4 --batch 2 --layout channels_last"
+    options = "--scope module --mode training --stages S4 --batch 2 --memory-format channels_last"
     options += " --input randn --device cpu --reps 1 --no-plot --seconds 500"
     options += " --providers eager fused-compile --out"
     arguments = (*options.split(), str(tmp_path / "out"))
