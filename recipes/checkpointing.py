@@ -69,19 +69,19 @@ class Checkpointer:
         Raises:
             InputError: if the checkpoint can't be read or doesn't fit the model or the data.
         """
-        rest, notes = trainer.resume(path)
-        if (arch := rest.get("arch", self.arch)) != self.arch:
+        entries, notes = trainer.resume(path)
+        if (arch := entries.get("arch", self.arch)) != self.arch:
             notes.append(f"its model is called {arch}, not {self.arch}, but its weights fit")
-        if "epoch" not in rest:
+        if "epoch" not in entries:
             raise InputError(f"--resume {path} holds no epoch; bare weights are for --weights")
-        self._check_agreement(path, rest.get("options"))
-        self.epoch = int(rest["epoch"])
-        notes += self._resume_best(rest)
-        if "log" in rest:
-            self.rows = list(rest["log"])
+        self._check_agreement(path, entries.get("options"))
+        self.epoch = int(entries["epoch"])
+        notes += self._resume_best(entries)
+        if "log" in entries:
+            self.rows = list(entries["log"])
         else:
             notes.append(f"it has no log, which begins with epoch {self.epoch + 1}")
-        notes += _differences(rest.get("options"), self.options)
+        notes += _differences(entries.get("options"), self.options)
         self.world.print(f"resuming {path} after epoch {self.epoch}")
         for note in notes:
             self.world.print(f"resuming: {note}")
@@ -94,10 +94,10 @@ class Checkpointer:
                     f"the data have {_listed(self.options.get(name))}"
                 )
 
-    def _resume_best(self, rest: dict[str, Any]) -> list[str]:
+    def _resume_best(self, entries: dict[str, Any]) -> list[str]:
         notes = []
-        if "best_prec1" in rest:
-            self.best = float(rest["best_prec1"])
+        if "best_prec1" in entries:
+            self.best = float(entries["best_prec1"])
         else:
             notes.append("it has no best score, so the next epoch's is the best")
         if not (self.folder / "model_best.pth.tar").exists() and self.best > -math.inf:

@@ -239,8 +239,8 @@ def evaluate_only(args: argparse.Namespace, world: World) -> None:
     val = load_val(args.data, args.image_size)
     model = build(args, len(val.classes))
     option, path = ("--weights", args.weights) if args.weights else ("--resume", args.resume)
-    rest = load_weights(model, path, option)
-    if rest.get("options", {}).get("classes", val.classes) != val.classes:
+    entries = load_weights(model, path, option)
+    if entries.get("options", {}).get("classes", val.classes) != val.classes:
         raise InputError(f"{option} {path} was trained on other classes than {val.root} has")
     model.to(world.device, memory_format=memory_format(args))
     sampler = EvaluationBatchSampler(len(val), max(1, args.batch_size // world.size), world)

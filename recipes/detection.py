@@ -289,8 +289,8 @@ def evaluate_only(args: argparse.Namespace, world: World) -> None:
     """Evaluate a checkpoint on the split "val"."""
     val = read_split(args, "val", world)
     model = build(args, val)
-    rest = load_weights(model, args.resume, "--resume")
-    categories = rest.get("options", {}).get("categories", val.categories)
+    entries = load_weights(model, args.resume, "--resume")
+    categories = entries.get("options", {}).get("categories", val.categories)
     if categories != val.categories:
         raise InputError(
             f"--resume {args.resume} was trained on the categories {categories}, and {val.path} "

@@ -1,4 +1,4 @@
-"""What one process and several have in common: process group, random seeds, sampling, exit status.
+"""Process group, random seeds, batch samplers and exit status, for one process or several.
 
 A recipe runs as one process, or as several that ``torchrun`` starts. Its results don't depend on
 the number of processes: the order of the samples depends on (seed, epoch), the augmentation of a

@@ -279,17 +279,17 @@ class Trainer:
         Raises:
             InputError: if the file can't be read or doesn't fit.
         """
-        rest = load_weights(self.model, path, "--resume")
-        notes = [*self._resume_average(rest), *self._resume_optimizer(rest, path)]
+        entries = load_weights(self.model, path, "--resume")
+        notes = [*self._resume_average(entries), *self._resume_optimizer(entries, path)]
         if self.scaler.is_enabled():
-            if scaler := rest.pop("scaler", None):
+            if scaler := entries.pop("scaler", None):
                 self.scaler.load_state_dict(scaler)
             else:
                 notes.append("it has no scale of the loss, which starts at the default")
-        return rest, notes
+        return entries, notes
 
-    def _resume_average(self, rest: dict[str, Any]) -> list[str]:
-        raw = rest.pop("raw_state_dict", None)
+    def _resume_average(self, entries: dict[str, Any]) -> list[str]:
+        raw = entries.pop("raw_state_dict", None)
         if self.ema is not None:
             self.ema.module.load_state_dict(self.model.state_dict())
             self.ema.n_averaged.fill_(1)  # at 0 the next update would copy the weights
@@ -301,8 +301,8 @@ class Trainer:
             return ["its average of the weights is dropped, because --ema isn't given"]
         return []
 
-    def _resume_optimizer(self, rest: dict[str, Any], path: Path) -> list[str]:
-        if (state := rest.pop("optimizer", None)) is None:
+    def _resume_optimizer(self, entries: dict[str, Any], path: Path) -> list[str]:
+        if (state := entries.pop("optimizer", None)) is None:
             return ["it has no state of the optimizer, whose momentum starts at zero"]
         settings = [dict(group) for group in self.optimizer.param_groups]
         try:

@@ -42,9 +42,9 @@ def data(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, data: Path) -> Path:
+def uninterrupted(folder: Path, data: Path) -> Path:
     """The folder of a run without interruption."""
-    out = folder / "whole"
+    out = folder / "uninterrupted"
     done = run_recipe(RECIPE, data, "--out", out, *OPTIONS, *EPOCHS, *AVERAGE)
     assert done.returncode == 0, done.stderr
     return out
@@ -69,7 +69,7 @@ def _resume(data: Path, checkpoint: Path, out: Path, *more: object) -> str:
 
 
 def test_a_killed_run_resumes_bit_by_bit(
-    whole: Path, killed: Path, data: Path, folder: Path
+    uninterrupted: Path, killed: Path, data: Path, folder: Path
 ) -> None:
     out = folder / "resumed"
     shutil.copytree(killed, out)
@@ -78,14 +78,14 @@ def test_a_killed_run_resumes_bit_by_bit(
     assert stdout.startswith(
         f"resuming {out}/checkpoint.pth.tar after epoch 1\nepoch 2: train_loss"
     )
-    assert reproducible_rows(out) == reproducible_rows(whole)
+    assert reproducible_rows(out) == reproducible_rows(uninterrupted)
     for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
-        assert_same_training_state(out / name, whole / name)
+        assert_same_training_state(out / name, uninterrupted / name)
     shutil.rmtree(out)
 
 
 def test_an_official_checkpoint_can_be_resumed(
-    whole: Path, killed: Path, data: Path, folder: Path
+    uninterrupted: Path, killed: Path, data: Path, folder: Path
 ) -> None:
     ours = load_checkpoint(killed / "checkpoint.pth.tar")
     official = {
@@ -102,9 +102,9 @@ def test_an_official_checkpoint_can_be_resumed(
     assert "it has no options of its training" in stdout
     assert [row["epoch"] for row in rows_of(out / "log.csv")] == ["2", "3"]
     assert [r["train_loss"] for r in reproducible_rows(out)] == [
-        r["train_loss"] for r in reproducible_rows(whole)[1:]
+        r["train_loss"] for r in reproducible_rows(uninterrupted)[1:]
     ]
-    found, expected = (load_checkpoint(p / "checkpoint.pth.tar") for p in (out, whole))
+    found, expected = (load_checkpoint(p / "checkpoint.pth.tar") for p in (out, uninterrupted))
     torch.testing.assert_close(
         dict(found["state_dict"]), dict(expected["raw_state_dict"]), rtol=0, atol=0
     )
@@ -112,7 +112,7 @@ def test_an_official_checkpoint_can_be_resumed(
     assert not (out / "model_best.pth.tar").exists()
 
 
-def test_sigterm_ends_the_run_with_advice(whole: Path, data: Path, folder: Path) -> None:
+def test_sigterm_ends_the_run_with_advice(uninterrupted: Path, data: Path, folder: Path) -> None:
     out = folder / "stopped"
     arguments = (data, "--out", out, *OPTIONS, *EPOCHS, *AVERAGE)
     errors = folder / "stopped.txt"
@@ -123,7 +123,7 @@ def test_sigterm_ends_the_run_with_advice(whole: Path, data: Path, folder: Path)
         f"classification: stopped by SIGTERM; to go on after epoch 1, add --resume "
         f"{out}/checkpoint.pth.tar"
     )
-    assert reproducible_rows(out) == reproducible_rows(whole)[:1]
+    assert reproducible_rows(out) == reproducible_rows(uninterrupted)[:1]
     assert load_checkpoint(out / "checkpoint.pth.tar")["epoch"] == 1
 
 
@@ -165,20 +165,20 @@ def test_two_processes_equal_one_with_two_micro_batches(data: Path, folder: Path
 def test_a_resumed_run_keeps_its_merged_groups(data: Path, folder: Path) -> None:
     """Merged groups change the rounding, so a resumed run must use the measured ones again."""
     options = (data, *OPTIONS, "--workers", 0, "--merge-groups")
-    resumed, whole = folder / "measured", folder / "given"
+    resumed, single = folder / "measured", folder / "given"
     done = run_recipe(RECIPE, *options, "--out", resumed, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     line = r"\n[1-9]\d* of 48 convolutions run with fewer groups, see .*/measured/plans.json\n"
     assert re.search(line, done.stdout)
     plans = (resumed / "plans.json").read_bytes()
-    whole.mkdir()
-    (whole / "plans.json").write_bytes(plans)
-    for out, start in ((resumed, ("--resume", resumed / "checkpoint.pth.tar")), (whole, ())):
+    single.mkdir()
+    (single / "plans.json").write_bytes(plans)
+    for out, start in ((resumed, ("--resume", resumed / "checkpoint.pth.tar")), (single, ())):
         done = run_recipe(RECIPE, *options, "--out", out, "--epochs", 2, *start)
         assert done.returncode == 0, done.stderr
         assert (out / "plans.json").read_bytes() == plans, "measured once"
-    assert reproducible_rows(resumed) == reproducible_rows(whole)
-    assert_same_training_state(resumed / "checkpoint.pth.tar", whole / "checkpoint.pth.tar")
+    assert reproducible_rows(resumed) == reproducible_rows(single)
+    assert_same_training_state(resumed / "checkpoint.pth.tar", single / "checkpoint.pth.tar")
 
 
 def test_processes_share_the_plans_of_the_first(data: Path, folder: Path) -> None:

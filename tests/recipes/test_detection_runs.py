@@ -90,11 +90,11 @@ def test_frozen_layers_keep_the_given_weights(trained, backbone: Path) -> None:
     """The checkpoint loads into the package's detector, and only trained layers have changed."""
     _, out = trained
     model = retinanet_epsanet50_fpn(num_classes=4)
-    rest = ef.load_checkpoint(model, out / "checkpoint.pth.tar")
-    assert rest["epoch"] == 3
-    assert rest["arch"] == "retinanet_epsanet50_fpn"
-    assert rest["options"]["categories"] == [3, 7, 40]
-    assert rest["best_prec1"] == max(float(row["box_AP"]) for row in rows_of(out / "log.csv"))
+    entries = ef.load_checkpoint(model, out / "checkpoint.pth.tar")
+    assert entries["epoch"] == 3
+    assert entries["arch"] == "retinanet_epsanet50_fpn"
+    assert entries["options"]["categories"] == [3, 7, 40]
+    assert entries["best_prec1"] == max(float(row["box_AP"]) for row in rows_of(out / "log.csv"))
     given = load_checkpoint(backbone)["state_dict"]
     changed = set()
     for name, value in model.backbone.body.state_dict().items():
@@ -105,7 +105,7 @@ def test_frozen_layers_keep_the_given_weights(trained, backbone: Path) -> None:
 
 
 def test_a_killed_run_resumes_bit_by_bit(trained, folder: Path, data: Path, backbone: Path) -> None:
-    _, whole = trained
+    _, uninterrupted = trained
     out = folder / "killed"
     arguments = (data, "--out", out, *TRAINING)
     start = (*arguments, "--weights", backbone)
@@ -117,8 +117,8 @@ def test_a_killed_run_resumes_bit_by_bit(trained, folder: Path, data: Path, back
     done = run_detection(*arguments, "--resume", out / "checkpoint.pth.tar")
     assert done.returncode == 0, done.stderr
     assert "after epoch 1" in done.stdout
-    assert_same_training_state(out / "checkpoint.pth.tar", whole / "checkpoint.pth.tar")
-    assert reproducible_rows(out) == reproducible_rows(whole)
+    assert_same_training_state(out / "checkpoint.pth.tar", uninterrupted / "checkpoint.pth.tar")
+    assert reproducible_rows(out) == reproducible_rows(uninterrupted)
 
 
 # Two steps of two micro-batches of one image.
