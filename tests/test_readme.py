@@ -1,4 +1,4 @@
-"""README's code runs as it stands, and the table it shows is the one in benchmarks/results."""
+"""README's and the docs' code runs as it stands; their figures are those of benchmarks/results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,33 @@ import epsanet_fused as ef
 from epsanet_fused.inference import conv_planner, optimize
 from epsanet_fused.utils import timing
 
-README = PAGES[0].read_text()
+TEXT = {page.name: page.read_text() for page in PAGES}
+README, USAGE = TEXT["README.md"], TEXT["usage.md"]
+PATHS = {page.name: page for page in PAGES}
 
 
-def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure two candidates of each convolution, and each once."""
     monkeypatch.setattr(optimize, "SECONDS", 0.0)
     monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
     all_candidates = conv_planner.candidates
     monkeypatch.setattr(conv_planner, "candidates", lambda problem: all_candidates(problem)[:2])
-    use, operator, training, fuse, inference_block = python_blocks(PAGES[0], needs_more=False)
+
+
+@pytest.mark.usefixtures("quick_measurements")
+def test_the_example_of_readme_runs() -> None:
+    [use] = python_blocks(PATHS["README.md"], needs_more=False)
+    names: dict[str, object] = {}
+    exec(use, names)
+    assert names["logits"].shape == (2, 10)
+    assert names["fast"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.usefixtures("quick_measurements")
+def test_the_examples_of_usage_run() -> None:
+    use, operator, fuse, training = python_blocks(PATHS["usage.md"], needs_more=False)
     names: dict[str, object] = {}
     exec(use, names)
     assert names["logits"].shape == (2, 10)
@@ -37,14 +54,13 @@ def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     names["model"] = ef.epsanet50(num_classes=10, fused=False)
     exec(fuse, names)
     assert isinstance(names["model"].layer4[2].conv2, ef.FusedPSAModule)
-    exec(inference_block, names)
-    assert names["fast"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
-def test_every_python_block_of_the_docs_is_run() -> None:
-    """All of them are README's: by the test above, and by tests/integrations."""
-    for page in PAGES[1:]:
-        assert "```python" not in page.read_text(), page
+def test_every_python_block_is_run() -> None:
+    """They are in README and usage.md: run by the tests above, and by tests/integrations."""
+    for name, text in TEXT.items():
+        assert name in ("README.md", "usage.md") or "```python" not in text, name
+    assert python_blocks(PATHS["README.md"], needs_more=True) == []
 
 
 def results(name: str) -> list[dict[str, str]]:
@@ -53,18 +69,51 @@ def results(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def test_the_table_is_the_measured_one() -> None:
+# What the columns of README's table hold, for networks and for the tail.
+NETWORK = ("eager", "compile-freezing", "optimized", "optimized-compile",
+           "resnet50:compile-freezing")  # fmt: skip
+TRAINING = ("eager", None, "planned", None, None)
+TAIL = ("eager", "compile", "fused", None, None)
+
+
+@pytest.mark.parametrize(
+    ("what", "file", "providers", "digits"),
+    [
+        ("EPSANet-50, inference", "network-inference.csv", NETWORK, 1),
+        ("EPSANet-50, training step", "network-training.csv", TRAINING, 1),
+        ("tail, inference, S", "tail-inference.csv", TAIL, 3),
+    ],
+)
+def test_the_table_of_readme_is_the_measured_one(what, file, providers, digits) -> None:
+    shown = re.findall(rf"^\| {what}(\d?) \| (\w+) \| (\d+) \|(.*)\|$", README, re.MULTILINE)
+    rows = results(file)
+    assert len(shown) == len({(r["stage"], r["dtype"], r["batch"]) for r in rows})
+    for stage, dtype, batch, cells in shown:
+        point = (f"S{stage}" if stage else "all", dtype, batch)
+        measured = {
+            r["provider"]: float(r["ms_p50"])
+            for r in rows
+            if (r["stage"], r["dtype"], r["batch"]) == point
+        }
+        for cell, provider in zip(cells.split("|"), providers, strict=True):
+            expected = "" if provider is None else f"{measured[provider]:.{digits}f}"
+            assert cell.strip() == expected, (point, provider)
+
+
+def test_the_output_of_make_bench_is_the_measured_one() -> None:
     rows = results("tail-inference.csv")
     measured = {(r["stage"], r["provider"]): float(r["ms_p50"]) for r in rows}
-    shown = re.findall(r"^(S\d)\s+(\S+)\s+\S+\s+([\d.]+)\s+\[", README, re.MULTILINE)
+    pattern = r"^(S\d)\s+(\S+)\s+\S+\s+([\d.]+)\s+\["
+    shown = re.findall(pattern, TEXT["performance.md"], re.MULTILINE)
     assert len(shown) == len(measured)
     for stage, provider, milliseconds in shown:
         assert float(milliseconds) == round(measured[stage, provider], 3)
 
 
 def test_the_speeds_at_batch_1_are_the_measured_ones() -> None:
+    words = " ".join(README.split())
     for dtype in ("float32", "bfloat16"):
-        low, high = re.search(rf"([\d.]+) to ([\d.]+) times \({dtype}\)", README).groups()
+        low, high = re.search(rf"([\d.]+) to ([\d.]+) times \({dtype}\)", words).groups()
         speeds = [
             float(r["speedup"])
             for r in results("tail-targets.csv")
@@ -74,24 +123,12 @@ def test_the_speeds_at_batch_1_are_the_measured_ones() -> None:
         assert (float(low), float(high)) == (round(min(speeds), 1), round(max(speeds), 1))
 
 
-def test_the_network_table_is_the_measured_one() -> None:
-    rows = results("network-inference.csv")
-    shown = re.findall(r"^\| (float32|bfloat16) \| (\d+) \| (.*) \|$", README, re.MULTILINE)
-    providers = ("eager", "compile-freezing", "optimized", "optimized-compile",
-                 "resnet50:compile-freezing")  # fmt: skip
-    assert len(shown) == len({(r["dtype"], r["batch"]) for r in rows})
-    for dtype, batch, numbers in shown:
-        measured = {r["provider"]: r for r in rows if (r["dtype"], r["batch"]) == (dtype, batch)}
-        for number, provider in zip(numbers.split(" | "), providers, strict=True):
-            assert float(number) == round(float(measured[provider]["ms_p50"]), 1)
-
-
 def test_the_times_of_a_training_step_are_the_measured_ones() -> None:
     measured = {
         (r["dtype"], r["provider"]): f"{float(r['ms_p50']) / 1e3:.2f}"
         for r in results("network-training.csv")
     }
-    words = " ".join(README.split())
+    words = " ".join(USAGE.split())
     shown = re.search(
         r"takes (\S+) s where the .* takes (\S+) s \(float32; (\S+) and (\S+) s", words
     )

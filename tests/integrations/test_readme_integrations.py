@@ -1,4 +1,4 @@
-"""README's code and commands that need timm, torchvision or onnx run as they are written."""
+"""The code and commands of README and docs/usage.md that need timm, torchvision or onnx run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.processes import PAGES, ROOT, commands, one_thread_environment, pyt
 
 import epsanet_fused as ef
 
-README = PAGES[0]
+USAGE = next(page for page in PAGES if page.name == "usage.md")
 
 
 # The exporter's own warnings.
@@ -23,7 +23,7 @@ README = PAGES[0]
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": ef.epsanet50().state_dict()}, "epsanet50.pth.tar")
-    in_timm, in_torchvision, onnx = python_blocks(README, needs_more=True)
+    in_timm, in_torchvision, onnx = python_blocks(USAGE, needs_more=True)
     names: dict[str, object] = {}
     exec(in_timm, names)
     assert names["model"].num_classes == 10
@@ -44,7 +44,7 @@ SMALL = {
 
 
 def run(command: list[str], folder: Path, *more: str) -> str:
-    """Run a command of README with further options, and return its stdout.
+    """Run a command of the docs with further options, and return its stdout.
 
     Args:
         command: "python" and its arguments.
@@ -69,24 +69,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_python_command_of_readme_has_a_test() -> None:
-    scripts = [re.split(r"[./ ]", " ".join(c))[1:3] for c in commands(README, "python")]
+def test_every_python_command_has_a_test() -> None:
+    shown = [command for page in PAGES for command in commands(page, "python")]
+    scripts = [re.split(r"[./ ]", " ".join(command))[1:3] for command in shown]
     assert [s for s in scripts if s[0] == "recipes"] == [["recipes", name] for name in SMALL]
-    assert len(commands(README, "python")) == len(SMALL) + 2  # timm's command, and the self-check
+    assert len(shown) == len(SMALL) + 2  # timm's command, and the self-check
 
 
 def test_the_command_of_the_recipe_for_classification_runs_and_resumes(folder: Path) -> None:
-    [command] = commands(README, "python recipes/classification.py")
+    [command] = commands(USAGE, "python recipes/classification.py")
     write_digits(folder / "DATA")
     small = SMALL["classification"].split()
     assert "epoch 1: train_loss" in run(command, folder, *small)
-    [resume] = re.findall(r"`(--resume \S+)`", README.read_text())
+    [resume] = re.findall(r"`(--resume \S+)`", USAGE.read_text())
     again = run(command, folder, *small, "--epochs", "2", *resume.split())
     assert "epoch 2: train_loss" in again
 
 
 def test_the_command_of_the_recipe_for_detection_runs(folder: Path) -> None:
-    [command] = commands(README, "python recipes/detection.py")
+    [command] = commands(USAGE, "python recipes/detection.py")
     write_coco(folder / "DATA", train=4, val=2)
     write_backbone(folder / "epsanet50.pth.tar")
     out = run(command, folder, *SMALL["detection"].split())
@@ -94,7 +95,7 @@ def test_the_command_of_the_recipe_for_detection_runs(folder: Path) -> None:
 
 
 def test_the_command_for_timms_scripts_runs(folder: Path) -> None:
-    [command] = commands(README, "python -m epsanet_fused.integrations.timm")
+    [command] = commands(USAGE, "python -m epsanet_fused.integrations.timm")
     (folder / "train.py").write_text(
         "import sys, timm\nprint(sys.argv, timm.is_model(sys.argv[-1]))"
     )
