@@ -228,7 +228,8 @@ def test_network_scope_times_each_provider_in_its_faster_memory_format(
     monkeypatch.setattr(inputs, "IMAGE_SIZE", 64)
     names = "eager optimized resnet50:eager resnet50:optimized seresnet50:eager"
     status, rows = run_bench(
-        f"--scope network --batch 1 --memory-format best --reps 1 --providers {names}"
+        f"--scope network --batch 1 --memory-format best --reps 1 --seconds 1000"
+        f" --providers {names}"
     )
     assert status == 0
     assert [row["provider"] for row in rows] == names.split()
