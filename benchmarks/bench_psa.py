@@ -36,8 +36,9 @@ from l2_flush import make_clock
 from memory import peak_extra_bytes
 from options import DTYPES, add_shared, parse_shared, positive_int
 from plots import plot
-from providers import MODES, PROVIDERS, SCOPES, Prepared, defaults
+from providers import MODES, PROVIDERS, SCOPES, defaults
 from report import AXES, COLUMNS, OUT_OF_TIME, failure, label, table, timing_columns, write_csv
+from steps import Prepared
 
 import epsanet_fused as ef
 from epsanet_fused.backends.registry import VARIANTS

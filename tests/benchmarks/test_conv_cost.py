@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers.processes import rows_of, script
 
+from epsanet_fused.nn.grouped_conv import merge_weight
+
 
 def test_conv_cost_runs_and_checks_every_merge(tmp_path):
     done = script("conv_cost.py", "--quick", "--out", tmp_path)
@@ -22,7 +24,7 @@ def test_conv_cost_runs_and_checks_every_merge(tmp_path):
     assert "8 of 8 settings measured" in done.stdout
 
 
-def test_conv_cost_records_what_it_had_no_time_for(tmp_path, threads):
+def test_cases_without_time_are_recorded_as_skipped(tmp_path, threads):
     arguments = ["--quick", "--seconds", "1e-9", "--device", "cpu", "--out", str(tmp_path)]
     assert conv_cost.run(conv_cost.parse(arguments)) == 0
     rows = rows_of(tmp_path / "conv_cost.csv")
@@ -34,14 +36,15 @@ def test_conv_cost_records_what_it_had_no_time_for(tmp_path, threads):
 def test_merging_groups_changes_no_number(groups, merged):
     weight = torch.randn(2 * groups, 3, 5, 5, dtype=torch.float64)
     x = torch.randn(2, 3 * groups, 6, 7, dtype=torch.float64)
-    wide = conv_cost.merge_weight(weight, groups, merged)
-    assert wide.shape == (2 * groups, 3 * groups // merged, 5, 5)
+    merged_weight = merge_weight(weight, groups, merged)
+    assert merged_weight.shape == (2 * groups, 3 * groups // merged, 5, 5)
     expected = torch.nn.functional.conv2d(x, weight, groups=groups)
-    torch.testing.assert_close(torch.nn.functional.conv2d(x, wide, groups=merged), expected)
-    assert torch.equal(conv_cost.unmerge_weight(wide, groups, merged), weight)
+    found = torch.nn.functional.conv2d(x, merged_weight, groups=merged)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(conv_cost.unmerge_weight(merged_weight, groups, merged), weight)
 
 
-def test_merges_leave_the_asked_outputs_per_group_and_are_named_once():
+def test_merges_have_the_minimum_of_outputs_per_group_and_are_distinct():
     merges = conv_cost.merges
     assert merges(16, 16) == {"as_is": 16, "k8": 2, "k16": 1}  # S1's k9
     assert merges(32, 8) == {"as_is": 8, "k8": 4, "k16": 2, "dense": 1}
