@@ -1,1 +1,1 @@
-"""The modules and the networks."""
+"""PyTorch modules and networks built on the operators."""

@@ -1,4 +1,4 @@
-"""Checkpoints in the official layout."""
+"""Loading of checkpoints in the official layout."""
 
 from __future__ import annotations
 
@@ -8,33 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_MAX_PROBLEMS = 6  # so many misfits an error message names
+
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load a checkpoint of the official training script, or a bare state_dict, into ``model``.
 
-    The official layout is ``{'epoch', 'arch', 'state_dict', 'best_prec1', 'optimizer'}`` with
-    ``module.`` before each key; zip and legacy files are read, onto the CPU, with
-    ``weights_only=True``.
+    The official layout is ``{'epoch', 'arch', 'state_dict', 'best_prec1', 'optimizer'}``, with the
+    prefix ``module.`` on every key of the state_dict. The file is read onto the CPU with
+    ``weights_only=True``; both of torch's file formats, zip and legacy, are accepted.
 
     Args:
-        model: its keys and shapes must be the checkpoint's; it is changed only if all of them are.
+        model: a model with exactly the keys and shapes of the checkpoint.
         path: the file.
 
     Returns:
-        What else the checkpoint held: ``{'epoch': ..., 'arch': ...}``; empty for a bare state_dict.
+        The other entries of the checkpoint, ``{'epoch': ..., 'arch': ...}``; empty for a bare
+        state_dict.
 
     Raises:
-        ValueError: if the file holds no state_dict, or one that doesn't fit; it names the keys.
+        ValueError: if the file holds no state_dict, or one with other keys or shapes; the message
+            names them, and ``model`` is not changed.
     """
     state, rest = read_checkpoint(path)
-    # Compared first: load_state_dict would copy what fits before it complains of what doesn't.
+    # First, because load_state_dict copies the tensors that fit before it raises an error.
     check_fit(model.state_dict(), state, path)
     model.load_state_dict(state)
     return rest
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict in a file that ``load_checkpoint`` takes, without ``module.``, and the rest.
+    """Read a file that ``load_checkpoint`` accepts.
+
+    Returns:
+        The state_dict without the prefix ``module.``, and the other entries of the checkpoint.
 
     Raises:
         ValueError: if the file holds no state_dict.
@@ -53,8 +60,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             f"load_checkpoint: {os.fspath(path)} must hold a state_dict, alone or under the key "
             f"'state_dict'; found the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    return state, rest
+    return {k.removeprefix("module."): v for k, v in state.items()}, rest
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -68,7 +74,13 @@ def _is_state_dict(value: Any) -> bool:
 def check_fit(
     own: dict[str, Tensor], given: dict[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
-    """Refuse a state_dict whose keys or shapes are not ``own``, with a ValueError."""
+    """Raise a ValueError if ``given`` has other keys or shapes than ``own``.
+
+    Args:
+        own: the model's state_dict.
+        given: the checkpoint's state_dict.
+        path: the checkpoint's file, for the message.
+    """
     problems = [f"missing {k}" for k in own if k not in given]
     problems += [f"unexpected {k}" for k in given if k not in own]
     problems += [
@@ -77,8 +89,9 @@ def check_fit(
         if k in given and own[k].shape != given[k].shape
     ]
     if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        hidden = len(problems) - _MAX_PROBLEMS
+        more = f"; and {hidden} more" if hidden > 0 else ""
         raise ValueError(
             f"load_checkpoint: {os.fspath(path)} does not fit the model: "
-            f"{'; '.join(problems[:6])}{more}"
+            f"{'; '.join(problems[:_MAX_PROBLEMS])}{more}"
         )

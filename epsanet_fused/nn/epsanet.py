@@ -1,4 +1,4 @@
-"""EPSANet, the network: a ResNet whose bottlenecks hold a PSA module for their 3x3 convolution."""
+"""EPSANet: a ResNet with a PSA module in place of the 3x3 convolution of each bottleneck."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ NormLayer = Callable[[int], nn.Module]
 
 
 class EPSABlock(nn.Module):
-    """Bottleneck with a PSA module in its middle (paper, section 3.3).
+    """Bottleneck of 1x1 convolution, PSA module and 1x1 convolution (paper, section 3.3).
 
     Args:
-        inplanes: channels of the input.
-        planes: channels inside; the output has ``planes * expansion``.
-        stride: of the PSA module.
-        downsample: maps the input to the output's shape for the residual; None where they agree.
-        norm_layer: makes a normalisation from a channel count; None means ``nn.BatchNorm2d``.
-        conv_kernels, conv_groups, reduction: of the PSA module.
-        fused: False builds the plain ``PSAModule``.
+        inplanes: number of input channels.
+        planes: number of channels of the PSA module; the output has ``planes * expansion``.
+        stride: stride of the PSA module.
+        downsample: module that maps the input to the shape of the output, for the shortcut; None
+            if the two shapes are equal.
+        norm_layer: function from a number of channels to a norm; None means ``nn.BatchNorm2d``.
+        conv_kernels: kernel sizes of the PSA module.
+        conv_groups: groups of the PSA module.
+        reduction: reduction of the PSA module's SE.
+        fused: True builds a ``FusedPSAModule``, False the plain ``PSAModule``.
+
+    Raises:
+        ValueError: if the PSA module cannot be built (see ``PSAModule``).
 
     Shape: (B, inplanes, H, W) -> (B, planes * expansion, ceil(H / stride), ceil(W / stride)).
     """
@@ -61,44 +67,49 @@ class EPSABlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
-        self.drop_path: nn.Module | None = None  # what to do to the residual before it is added
+        self.drop_path: nn.Module | None = None  # applied before the shortcut is added
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output (B, planes * expansion, H / stride, W / stride)."""
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn3(self.conv3(self._psa(out)))
+        out = self.bn3(self.conv3(self._psa_norm_relu(out)))
         if self.drop_path is not None:
             out = self.drop_path(out)
         return self.relu(out + identity)
 
-    def _psa(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript would compile both of an "and"
-            if self._takes_norm_tail(x):
+    def _psa_norm_relu(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles both sides of "and"
+            if self._uses_fused_norm(x):
                 return self.conv2.forward_norm(x, self.bn2)
         return self.relu(self.bn2(self.conv2(x)))
 
-    def _takes_norm_tail(self, x: Tensor) -> bool:
-        """Whether psa_tail_norm does what conv2, bn2 and relu would do here, and is to do it."""
+    def _uses_fused_norm(self, x: Tensor) -> bool:
+        """Return whether ``psa_tail_norm`` runs conv2's tail, bn2 and relu as one.
+
+        It does so in training, where these modules do what their classes do and the backend fuses
+        the norm by default.
+        """
         return (
             self.bn2.training
-            and _is_plainly(self.conv2, FusedPSAModule)
-            and _is_plainly(self.bn2, nn.BatchNorm2d)
-            and _is_plainly(self.relu, nn.ReLU)
-            and not isinstance(x, torch.fx.Proxy)  # a tracer can't take a norm for an argument
+            and _is_unmodified(self.conv2, FusedPSAModule)
+            and _is_unmodified(self.bn2, nn.BatchNorm2d)
+            and _is_unmodified(self.relu, nn.ReLU)
+            and not isinstance(x, torch.fx.Proxy)  # an fx graph cannot hold a norm as an argument
             and fuses_norm_by_default(x.device.type)
         )
 
 
-def _is_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class does: no subclass, no hook.
+def _is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a call of ``module`` runs ``kind.forward`` alone: no subclass, no hook.
 
-    A parametrised module is a subclass.
+    A module with parametrized weights is an instance of a subclass.
     """
     return type(module) is kind and "forward" not in vars(module) and not hooked(module)
 
 
 class EPSALargeBlock(EPSABlock):
-    """The wide block of the Large networks: twice the planes, half the expansion."""
+    """Block of the Large networks: twice the planes of ``EPSABlock``, half the expansion."""
 
     expansion = 2
 
@@ -108,13 +119,19 @@ class EPSANet(nn.Module):
 
     Args:
         block: ``EPSABlock`` or a subclass of it.
-        layers: the number of blocks in each of the four stages.
-        num_classes: the width of the classifier.
-        in_chans: channels of the images.
-        planes: of the blocks in each stage; the default is EPSANet (Small).
-        norm_layer: makes a normalisation from a channel count; None means ``nn.BatchNorm2d``.
-        conv_kernels, conv_groups, reduction: of every PSA module.
-        fused: False builds plain ``PSAModule``s.
+        layers: number of blocks in each of the four stages.
+        num_classes: number of outputs of the classifier.
+        in_chans: number of image channels.
+        planes: ``planes`` of the blocks in each stage; the default is EPSANet (Small).
+        norm_layer: function from a number of channels to a norm; None means ``nn.BatchNorm2d``.
+        conv_kernels: kernel sizes of every PSA module.
+        conv_groups: groups of every PSA module.
+        reduction: reduction of every PSA module's SE.
+        fused: True builds ``FusedPSAModule``s, False plain ``PSAModule``s.
+
+    Raises:
+        ValueError: if there are not four stages of at least one block, an image has no channel, or
+            a PSA module cannot be built (see ``PSAModule``).
 
     Shape: images (B, in_chans, H, W) -> logits (B, num_classes).
     """
@@ -163,6 +180,7 @@ class EPSANet(nn.Module):
         _init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, num_classes) of the images ``x`` (B, in_chans, H, W)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, width, H / 32, W / 32)
         return self.fc(self.avgpool(x).flatten(1))
@@ -176,6 +194,7 @@ def _make_stage(
     stride: int,
     options: dict[str, Any],
 ) -> nn.Sequential:
+    """Build ``depth`` blocks; the first has the stride and changes the number of channels."""
     outplanes = planes * block.expansion
     downsample = None
     if stride != 1 or inplanes != outplanes:
@@ -188,7 +207,7 @@ def _make_stage(
 
 
 def _init_weights(model: nn.Module) -> None:
-    """Convolutions from a normal distribution of variance 2 / (k * k * out); norms at identity."""
+    """Draw convolutions from N(0, 2 / (k * k * out_channels)) and set each norm to the identity."""
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
@@ -198,8 +217,9 @@ def _init_weights(model: nn.Module) -> None:
             nn.init.zeros_(m.bias)
 
 
-# The authors published the sizes of Large, not the network. This choice is ours: it meets all four
-# published figures (27.90 M and 49.59 M parameters, 4.72 and 8.97 GFLOPs), and so would others.
+# The authors published the size of the Large networks but not their kernels and groups. This choice
+# is ours. It meets all four published numbers (27.90 M and 49.59 M parameters, 4.72 and 8.97
+# GFLOPs); other choices meet them too.
 _LARGE = {
     "block": EPSALargeBlock,
     "planes": (128, 256, 512, 1024),
@@ -207,7 +227,7 @@ _LARGE = {
     "conv_groups": (32, 32, 32, 32),
 }
 
-# The arguments of EPSANet that make each of the published networks.
+# Arguments of EPSANet for each published network.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "epsanet50": {"block": EPSABlock, "layers": (3, 4, 6, 3)},
     "epsanet101": {"block": EPSABlock, "layers": (3, 4, 23, 3)},
@@ -217,35 +237,38 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def epsanet50(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
-    """EPSANet-50 (Small): 22,561,715 parameters, 3.62 GFLOPs at 224x224.
+    """Build EPSANet-50 (Small): 22,561,715 parameters, 3.62 GFLOPs at 224x224.
 
     Args:
-        num_classes: the width of the classifier.
-        fused: False builds plain ``PSAModule``s.
-        **options: any other keyword of ``EPSANet``.
+        num_classes: number of outputs of the classifier.
+        fused: True builds ``FusedPSAModule``s, False plain ``PSAModule``s.
+        **options: any other keyword argument of ``EPSANet``.
     """
     return _build("epsanet50", num_classes, fused, options)
 
 
 def epsanet101(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
-    """EPSANet-101 (Small): 38,900,279 parameters, 6.82 GFLOPs. Arguments as for ``epsanet50``."""
+    """Build EPSANet-101 (Small): 38,900,279 parameters, 6.82 GFLOPs at 224x224.
+
+    Arguments as for ``epsanet50``.
+    """
     return _build("epsanet101", num_classes, fused, options)
 
 
 def epsanet50_large(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
-    """EPSANet-50 (Large), *as we read it*: 27,899,518 parameters, 4.72 GFLOPs.
+    """Build EPSANet-50 (Large), *our reading of it*: 27,899,518 parameters, 4.72 GFLOPs.
 
-    The authors never released Large. Kernels 3, 5, 5, 7 with 32 groups each are our choice among
-    those that fit the published figures; pass ``conv_kernels`` and ``conv_groups`` for another.
-    Arguments as for ``epsanet50``.
+    The authors did not release the Large networks. Kernels 3, 5, 5, 7 with 32 groups each are our
+    choice among those that meet the published numbers; ``conv_kernels`` and ``conv_groups`` select
+    another. Arguments as for ``epsanet50``.
     """
     return _build("epsanet50_large", num_classes, fused, options)
 
 
 def epsanet101_large(num_classes: int = 1000, fused: bool = True, **options: Any) -> EPSANet:
-    """EPSANet-101 (Large), *as we read it*: 49,592,198 parameters, 8.97 GFLOPs.
+    """Build EPSANet-101 (Large), *our reading of it*: 49,592,198 parameters, 8.97 GFLOPs.
 
-    See ``epsanet50_large`` for what is known of Large. Arguments as for ``epsanet50``.
+    Kernels and groups are those of ``epsanet50_large``. Arguments as for ``epsanet50``.
     """
     return _build("epsanet101_large", num_classes, fused, options)
 

@@ -1,4 +1,4 @@
-"""FusedPSAModule: the PSA module with its tail as one operator."""
+"""FusedPSAModule: a PSA module that runs its tail as one operator, ``psa_tail``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from epsanet_fused.nn.psa import PSAModule
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.ops.psa_tail_norm import psa_tail_norm
 
-torch.fx.wrap("psa_tail")  # symbolic tracing takes the operator as a whole
+torch.fx.wrap("psa_tail")  # symbolic tracing records one call of the operator
 
 CONVS = ("conv_1", "conv_2", "conv_3", "conv_4")
 LAYERS = (*CONVS, "se.fc1", "se.fc2")
 
 
 def missing_layers(module: nn.Module) -> list[str]:
-    """The Conv2d layers that ``module`` lacks to be a PSA module, by structure and not by class."""
+    """Return those of ``LAYERS`` that are not a Conv2d in ``module``, whatever its class is."""
     se = getattr(module, "se", None)
     layers = {name: getattr(module, name, None) for name in CONVS}
     layers |= {f"se.{name}": getattr(se, name, None) for name in ("fc1", "fc2")}
@@ -25,26 +25,37 @@ def missing_layers(module: nn.Module) -> list[str]:
 
 
 def is_psa(module: nn.Module) -> bool:
+    """Return whether ``module`` has all the layers of a PSA module under their official names."""
     return not missing_layers(module)
 
 
 class FusedPSAModule(PSAModule):
-    """Drop-in for ``PSAModule``: the same signature, state_dict keys and numbers, less time.
+    """Drop-in for ``PSAModule``: the same signature, state_dict keys and numbers in less time.
 
-    The convolutions stay PyTorch's; all that follows them is ``psa_tail``. Arguments, errors and
-    shapes are those of ``PSAModule``.
+    PyTorch runs the four convolutions; ``psa_tail`` runs everything that follows them. Arguments,
+    errors and shapes are those of ``PSAModule``.
+
+    Attributes:
+        merged_groups: number of groups to run each of the four convolutions with, set by
+            ``ef.use_plans``; None runs them with their own.
     """
+
+    merged_groups: tuple[int, ...] | None = None
 
     @classmethod
     def from_reference(cls, module: nn.Module) -> FusedPSAModule:
-        """A fused module over the very convolutions and SE of ``module``: parameters are shared.
+        """Build a fused module that shares the convolutions and the SE module of ``module``.
 
         Args:
-            module: a ``PSAModule``, or the official one: with ``conv_1`` to ``conv_4`` and an
-                ``se`` that holds ``fc1`` and ``fc2``. It keeps working beside the new one.
+            module: a ``PSAModule`` or any module with the same layers, such as the official one:
+                Conv2d layers ``conv_1`` to ``conv_4``, ``se.fc1`` and ``se.fc2``. It is not
+                changed and can still be used.
+
+        Returns:
+            The fused module, in the training mode of ``module``.
 
         Raises:
-            TypeError: if ``module`` isn't built that way.
+            TypeError: if one of these layers is missing.
         """
         if wrong := missing_layers(module):
             raise TypeError(
@@ -58,25 +69,31 @@ class FusedPSAModule(PSAModule):
         fused.training = module.training
         return fused
 
-    # The groups that each convolution keeps (see ef.use_plans); None: those it has.
-    merged_groups: tuple[int, ...] | None = None
-
     def convolve(self, x: Tensor) -> list[Tensor]:
+        """Return the four branches, computed with ``merged_groups`` where those are set."""
         if self.merged_groups is None:
             return super().convolve(x)
         pairs = zip(CONVS, self.merged_groups, strict=True)
         return [merged_conv(x, getattr(self, name), groups) for name, groups in pairs]
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.se.fc1, self.se.fc2
-        return psa_tail(self.convolve(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        """Return ``psa_tail`` of the branches of ``x``."""
+        return psa_tail(self.convolve(x), *self._se_weights())
 
     def forward_norm(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-        """``relu(norm(self(x)))`` by ``psa_tail_norm``, for a norm with the batch's statistics."""
+        """Return ``relu(norm(self(x)))``, computed by ``psa_tail_norm``.
+
+        Args:
+            x: (B, inplans, H, W).
+            norm: a norm in training mode; its running statistics are updated.
+        """
+        return psa_tail_norm(self.convolve(x), *self._se_weights(), norm)
+
+    def _se_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         fc1, fc2 = self.se.fc1, self.se.fc2
-        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return psa_tail_norm(self.convolve(x), *weights, norm)
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
+        """Return the widths, and that ``psa_tail`` runs the tail."""
         width, channels = self.se.fc1.weight.shape[:2]
         return f"branches=4, channels_per_branch={channels}, hidden={width}, tail=psa_tail"

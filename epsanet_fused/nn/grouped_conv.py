@@ -1,4 +1,18 @@
-"""Grouped convolutions run with fewer groups: exact, and often faster."""
+"""Grouped convolutions run with fewer groups, which is often faster and computes the same.
+
+Libraries are slow at many narrow groups. Merging joins neighbouring groups into one wider group,
+whose weight is block-diagonal: the original weights on the diagonal, zeros elsewhere. Four groups
+A, B, C, D (each maps C / 4 input channels to K / 4 output channels) merge to two like this::
+
+    output channels      4 groups             2 merged groups
+                      | A . . . |               | A 0 . . |
+                      | . B . . |               | 0 B . . |
+                      | . . C . |      ->       | . . C 0 |       0: a zero in the merged weight
+                      | . . . D |               | . . 0 D |       .: not stored
+
+The products with the zeros add nothing, so the results agree up to rounding; the merged weight
+and the number of multiplications are twice as large.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +24,13 @@ from torch import Tensor, nn
 
 
 class ConvPlan(NamedTuple):
-    """How to execute a convolution; see conv_weights.py.
+    """The way to run one convolution; ``ef.plan_convs`` finds the fastest.
 
-    groups: how many groups to leave.
-    tile: how many neighbouring pixels to make at once: rows and columns.
-    memory_format: to compute in; what comes in another is converted.
+    Attributes:
+        groups: number of groups to run with, a divisor of the convolution's own.
+        tile: (rows, columns) of neighbouring output pixels to compute as channels of one pixel,
+            with a larger kernel and stride; for inference only. (1, 1) is no tiling.
+        memory_format: format to compute in; an input in another format is converted.
     """
 
     groups: int
@@ -23,40 +39,47 @@ class ConvPlan(NamedTuple):
 
 
 def merge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
-    """The weight that does with ``merged`` groups what ``weight`` does with ``groups``.
+    """Return the weight for ``merged`` groups that computes what ``weight`` does with ``groups``.
 
     Args:
         weight: (K, C / groups, k, k).
-        groups: of the convolution that it belongs to.
-        merged: the number of groups to leave, a divisor of ``groups``.
+        groups: number of groups of the original convolution.
+        merged: number of groups after the merge, a divisor of ``groups``.
 
     Returns:
-        (K, C / merged, k, k), block-diagonal; differentiable.
+        (K, C / merged, k, k), block-diagonal; ``weight`` itself if ``merged == groups``.
+        Differentiable with respect to ``weight``.
     """
     if merged == groups:
         return weight
     K, inputs, *size = weight.shape
-    factor = groups // merged
-    parts = weight.view(merged, factor, K // groups, inputs, *size).unbind(1)
-    # Padded part by part: compilers fold that into a constant, but not what takes a mask to make.
-    around = ((i * inputs, (factor - 1 - i) * inputs) for i in range(factor))
-    blocks = [F.pad(p, (0, 0, 0, 0, *a)) for p, a in zip(parts, around, strict=True)]
-    # (merged, factor, K / groups, C / merged, k, k)
+    factor = groups // merged  # how many groups become one
+    # factor tensors (merged, K / groups, C / groups, k, k)
+    members = weight.view(merged, factor, K // groups, inputs, *size).unbind(1)
+    # F.pad on each member, not a mask on the whole: compilers fold this into a constant.
+    blocks = [
+        F.pad(member, (0, 0, 0, 0, i * inputs, (factor - 1 - i) * inputs))
+        for i, member in enumerate(members)
+    ]
+    # (merged, factor, K / groups, C / merged, k, k) -> (K, C / merged, k, k)
     return torch.stack(blocks, 1).reshape(K, factor * inputs, *size)
 
 
 def merged_conv(x: Tensor, conv: nn.Conv2d, groups: int) -> Tensor:
-    """``conv(x)`` with ``groups`` groups, for training.
+    """Return ``conv(x)``, computed with ``groups`` groups; for training.
 
-    The merge is part of what autograd sees: the library's forward and both of its backwards are
-    those of the merged convolution, and the weight's gradient arrives in the weight's own shape.
+    Autograd records the merge. Forward and backward run as the merged convolution, and the
+    weight's gradient has the shape of ``conv.weight``.
     """
     weight = merge_weight(conv.weight, conv.groups, groups)
     return F.conv2d(x, weight, conv.bias, conv.stride, numeric_padding(conv), conv.dilation, groups)
 
 
-def numeric_padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if isinstance(conv.padding, str):
-        same = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return tuple(same) if conv.padding == "same" else (0, 0)
-    return conv.padding
+def numeric_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    """Return the padding of ``conv`` in pixels per dimension, also if it is "same" or "valid"."""
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    if conv.padding == "valid":
+        return (0, 0)
+    pairs = zip(conv.dilation, conv.kernel_size, strict=True)
+    return tuple(d * (k - 1) // 2 for d, k in pairs)

@@ -176,7 +176,7 @@ def test_anything_else_takes_the_plain_path(
     assert calls == [model.bn2]
     change(model)
     if isinstance(model.bn2, nn.SyncBatchNorm):
-        assert not model._takes_norm_tail(images(8, 64))  # it has no CPU forward
+        assert not model._uses_fused_norm(images(8, 64))  # it has no CPU forward
     else:
         model(images(8, 64))
     assert len(calls) == 1
@@ -186,7 +186,7 @@ def test_a_converted_model_takes_the_plain_path() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
     blocks = [m for m in model.modules() if isinstance(m, ef.EPSABlock)]
     assert len(blocks) == 4
-    assert not any(b._takes_norm_tail(images()) for b in blocks)
+    assert not any(b._uses_fused_norm(images()) for b in blocks)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
