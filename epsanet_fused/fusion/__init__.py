@@ -1,1 +1,1 @@
-"""Other people's PSA modules: found, verified and replaced."""
+"""Detection, verification and replacement of other implementations of the PSA module."""

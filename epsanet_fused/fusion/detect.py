@@ -1,4 +1,4 @@
-"""What PSA modules are made of, whatever they and their parts are called."""
+"""Detect PSA modules by the layers they hold; class names and layer names do not matter."""
 
 from __future__ import annotations
 
@@ -9,54 +9,78 @@ from torch import nn
 
 
 class UnfusableError(Exception):
-    """Why a module that looks like a PSA module stays as it is."""
+    """A module looks like a PSA module but cannot be replaced; the message gives the reason."""
 
 
-class Parts(NamedTuple):
-    """The names of what makes the branches, and of the two layers of each SE."""
+class PSALayers(NamedTuple):
+    """The names of the submodules of a PSA module.
+
+    Attributes:
+        branches: the submodules that compute one branch each, in the order of the module.
+        ses: the names of the two layers of each SE: one pair for all branches, or one per branch.
+    """
 
     branches: tuple[str, ...]
     ses: tuple[tuple[str, str], ...]
 
 
-def find_parts(module: nn.Module) -> Parts | None:
-    """The parts of a PSA module, or None if this module has no such parts.
+class _SEWidths(NamedTuple):
+    channels: int
+    hidden: int
 
-    They are two or more children with a Conv2d each, of which not all have one kernel, number of
-    groups and dilation, and an SE as wide as each of their outputs, or one for each.
+
+def find_layers(module: nn.Module) -> PSALayers | None:
+    """Find the layers of a PSA module among the children of ``module``.
+
+    A PSA module has two or more children with one Conv2d each, which differ in kernel size, groups
+    or dilation, and one SE as wide as the output of each of them, or one SE per branch.
+
+    Returns:
+        The names of the layers, or None if ``module`` does not look like a PSA module.
 
     Raises:
-        UnfusableError: if there are such parts, and something else or something amiss.
+        UnfusableError: if it looks like one, but has other layers too or an SE that does not fit.
     """
-    branches: dict[str, nn.Conv2d] = {}
-    ses: dict[tuple[str, str], tuple[int, int]] = {}
-    others = []
-    for name, child in children_of(module):
-        if not layers_of(child):
-            continue
-        if (se := _se_layers(name, child)) is not None:
-            ses |= se
-        elif (conv := only_conv(child)) is not None:
-            branches[name] = conv
-        else:
-            others.append(name)
-    widths = {width for width, _ in ses.values()}
-    wide = [conv for conv in branches.values() if conv.out_channels in widths]
-    if len(wide) < 2 or len({(c.kernel_size, c.groups, c.dilation) for c in wide}) < 2:
+    convs, ses, others = _classify_children(module)
+    widths = {se.channels for se in ses.values()}
+    branches = {name: conv for name, conv in convs.items() if conv.out_channels in widths}
+    shapes = {(conv.kernel_size, conv.groups, conv.dilation) for conv in branches.values()}
+    if len(shapes) < 2:
         return None
-    others += [name for name, conv in branches.items() if conv.out_channels not in widths]
+    others += [name for name in convs if name not in branches]
     if others or module._parameters:
         extra = ", ".join([*others, *module._parameters])
         raise UnfusableError(f"it has more than the parts of a PSA module: {extra}")
     if len(widths) > 1 or len(ses) not in (1, len(branches)):
         raise UnfusableError(f"it has {len(ses)} SEs for {len(branches)} branches")
-    if 0 in {hidden for _, hidden in ses.values()}:
+    if any(se.hidden == 0 for se in ses.values()):
         raise UnfusableError("its SE has no hidden unit")
-    return Parts(tuple(branches), tuple(ses))
+    return PSALayers(tuple(branches), tuple(ses))
 
 
-def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The children, those of lists by themselves."""
+def _classify_children(
+    module: nn.Module,
+) -> tuple[dict[str, nn.Conv2d], dict[tuple[str, str], _SEWidths], list[str]]:
+    """Return the children with one Conv2d, the SEs, and the names of the others with parameters."""
+    convs: dict[str, nn.Conv2d] = {}
+    ses: dict[tuple[str, str], _SEWidths] = {}
+    others = []
+    for name, child in _iter_children(module):
+        layers = _parameter_layers(child)
+        if not layers:
+            continue
+        if (widths := _se_widths(layers)) is not None:
+            first, second = (f"{name}.{layer}" for layer in layers)
+            ses[first, second] = widths
+        elif (conv := single_conv(child)) is not None:
+            convs[name] = conv
+        else:
+            others.append(name)
+    return convs, ses, others
+
+
+def _iter_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and children of ``module``, and the members of its lists and dicts."""
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from ((f"{name}.{inner}", part) for inner, part in child.named_children())
@@ -64,11 +88,11 @@ def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers inside, by name: what has parameters of its own.
+def _parameter_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers in ``module`` that have parameters, by name.
 
-    A parametrised layer has none left of its own, and its parametrisation, which has them, is no
-    layer. Its weight isn't looked at: merely to read it may change it, as spectral_norm does.
+    A parametrized layer holds its parameters in a submodule called ``parametrizations``, so it is
+    recognised by its class. Its weight is not read: reading can change it, as in spectral_norm.
     """
     return {
         name: m
@@ -78,30 +102,45 @@ def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _se_layers(name: str, module: nn.Module) -> dict[tuple[str, str], tuple[int, int]] | None:
-    """The names of the two layers and their widths C, R if they map C -> R -> C in each pixel."""
-    layers = layers_of(module)
+def _se_widths(layers: dict[str, nn.Module]) -> _SEWidths | None:
+    """Return the widths of an SE, or None if ``layers`` do not map C -> R -> C in each pixel."""
     if len(layers) != 2:
         return None
-    widths = []
-    for layer in layers.values():
-        if isinstance(layer, nn.Linear):
-            widths.append((layer.in_features, layer.out_features))
-        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
-            widths.append((layer.in_channels, layer.out_channels))
-    if len(widths) != 2 or widths[0] != widths[1][::-1]:
+    first, second = map(layer_widths, layers.values())
+    if first is None or second is None or first != second[::-1]:
         return None
-    first, second = (f"{name}.{layer}" for layer in layers)
-    return {(first, second): widths[0]}
+    return _SEWidths(*first)
 
 
-def only_conv(module: nn.Module) -> nn.Conv2d | None:
-    """The Conv2d inside, if there is one alone; norms and activations may come with it."""
-    heavy = [m for m in layers_of(module).values() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return heavy[0] if len(heavy) == 1 and isinstance(heavy[0], nn.Conv2d) else None
+def layer_widths(layer: nn.Module) -> tuple[int, int] | None:
+    """Return the input and output channels of a Linear or plain 1x1 Conv2d, else None."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
+        return layer.in_channels, layer.out_channels
+    return None
 
 
-def bypassed(module: nn.Module, parts: Parts) -> dict[str, nn.Module]:
-    """What a fused module wouldn't call any more: all but the branches, the module itself as ""."""
-    called = {m for name in parts.branches for m in module.get_submodule(name).modules()}
+def single_conv(module: nn.Module) -> nn.Conv2d | None:
+    """Return the Conv2d in ``module``, or None if it has none, several, or a Linear as well.
+
+    Norms and activations beside the Conv2d do not matter.
+    """
+    layers = _parameter_layers(module).values()
+    found = [m for m in layers if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return found[0] if len(found) == 1 and isinstance(found[0], nn.Conv2d) else None
+
+
+def branch_convs(module: nn.Module, layers: PSALayers) -> list[nn.Conv2d]:
+    """Return the Conv2d of each branch."""
+    convs = (single_conv(module.get_submodule(name)) for name in layers.branches)
+    return [conv for conv in convs if conv is not None]
+
+
+def bypassed_modules(module: nn.Module, layers: PSALayers) -> dict[str, nn.Module]:
+    """Return the modules that a fused module does not call: all but the branches.
+
+    The key of ``module`` itself is "".
+    """
+    called = {m for name in layers.branches for m in module.get_submodule(name).modules()}
     return {name: part for name, part in module.named_modules() if part not in called}

@@ -1,136 +1,169 @@
-"""fuse: finds the PSA modules in anybody's model and puts fused ones in their place."""
+"""``fuse``: replace the PSA modules of any model by fused ones."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from epsanet_fused.fusion.detect import Parts, UnfusableError, bypassed, find_parts, only_conv
-from epsanet_fused.fusion.modules import FusedPSAVariant, stand_in
-from epsanet_fused.fusion.verify import prove
+from epsanet_fused.fusion.detect import (
+    PSALayers,
+    UnfusableError,
+    branch_convs,
+    bypassed_modules,
+    find_layers,
+    layer_widths,
+)
+from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec, replace_class
+from epsanet_fused.fusion.verify import verify_module
 from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa
 from epsanet_fused.utils.hooks import hooked
 from epsanet_fused.utils.progress import progress
 
 ORDERS = ("reversed", "natural")
+FUSED_CLASSES = (FusedPSAModule, FusedPSAVariant)
+
+# If a class overrides one of these, a fused module would behave differently.
+_MODULE_METHODS = (
+    "__call__",
+    "train",
+    "_apply",
+    "state_dict",
+    "load_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+    "_save_to_state_dict",
+    "_load_from_state_dict",
+)
 
 
 def fuse(model: nn.Module, *, order: str = "reversed", dry_run: bool = False) -> nn.Module:
-    """Put a fused module in the place of every PSA module (arXiv 2105.14447) of ``model``.
+    """Replace every PSA module (arXiv 2105.14447) in ``model`` by a fused one.
 
-    PSA modules are recognised by what they are made of: two or more sibling convolutions of
-    different kernels, groups or dilations, and an SE as wide as each of them, or one SE for each.
-    Class names and the names of the parts don't matter. Kernels, groups, strides, biases and
-    reduction are those of the parts. Convolutions may take all of the input or a share each, and
-    may have a norm and an activation behind them.
+    A PSA module is recognised by its layers, not by names of classes or layers: two or more sibling
+    convolutions with different kernels, groups or dilations, and an SE as wide as each of them, or
+    one SE per convolution. All sizes and biases are those of the layers. Each convolution may take
+    all input channels or an equal share of them; a norm and an activation may follow it.
 
-    Each is first run on noise, a copy with random weights in float64, beside what would succeed it:
-    output, gradients, and what it does to its input have to agree. Whatever doesn't, keeps state,
-    is random, or has more to it than a PSA module stays as it is, with a warning that names it and
-    says why.
+    Each replacement is verified before it is used: a float64 copy of the module and the fused one
+    run on random inputs with random weights, and must agree in outputs, gradients and effects on
+    the input. A module that differs, keeps state, draws random numbers or has further layers is
+    skipped with a warning that gives its name and the reason.
 
-    Parameters are shared: optimizers and EMA copies that hold them go on. Names, state_dict,
-    device, dtype, training mode, hooks and other attributes stay; methods of the old class are
-    gone, and so are derivatives beyond the first (see ``psa_tail``). Hooks that are put on an SE
-    later aren't called.
+    Parameters are shared, so optimizers and EMA copies that hold them remain valid. Names,
+    state_dict, device, dtype, training mode, hooks and other attributes are kept. Methods of the
+    original class and second derivatives are not (see ``psa_tail``). Hooks that are registered on
+    an SE afterwards are not called.
 
     Args:
-        model: any model. It is changed in place, after all of it has been looked at.
-        order: "reversed" for PSA modules whose last branch comes first in the output, as in the
-            official code; "natural" for those that concatenate in order. A state_dict can't tell.
-        dry_run: change nothing, and print a table of what would be done.
+        model: any model. It is changed in place, after all its modules have been examined.
+        order: order of the branches in the output. "reversed" fuses the PSA modules whose last
+            branch comes first, as in the official code; "natural" those whose first branch comes
+            first. A state_dict doesn't show the order.
+        dry_run: print a table of the replacements, and change nothing.
 
     Returns:
-        ``model``, or what replaces it if it is itself a PSA module.
+        ``model``, or its replacement if ``model`` itself is a PSA module.
 
     Raises:
-        TypeError: if ``model`` is no module.
-        ValueError: for another order, and if there is no PSA module.
+        TypeError: if ``model`` is not a module.
+        ValueError: if ``order`` is unknown, or ``model`` holds no PSA module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
     if order not in ORDERS:
         raise ValueError(f"fuse: order must be 'reversed' or 'natural', got {order!r}")
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    parts = {module: found for module in names if (found := _find(module)) is not None}
-    if not parts and not any(isinstance(m, (FusedPSAModule, FusedPSAVariant)) for m in names):
+    findings = _examine(_detect(model), order == "reversed")
+    if not findings and not any(isinstance(m, FUSED_CLASSES) for m in model.modules()):
         raise ValueError(
             f"fuse: model must hold a PSA module, sibling Conv2d layers and an SE as wide as each "
             f"of them, but {type(model).__name__} has none"
         )
-    findings = _examine_all(parts, names, order == "reversed")
     if dry_run:
-        print(_table(findings, names, parts))
+        print(_table(findings))
         return model
-    for module, found in findings.items():  # before anything is changed, as a warning may raise
-        if isinstance(found, UnfusableError):
-            for name in names[module]:
-                _warn(name, module, found)
-    for module, found in findings.items():
-        for name in names[module] if isinstance(found, nn.Module) else ():
-            if name:
-                model.set_submodule(name, found)
-            else:
-                model = found
-    return model
+    _warn_of_skipped(findings)  # before any replacement, because a warning may raise
+    return _replace_modules(model, findings)
 
 
-def _examine_all(
-    parts: dict[nn.Module, Parts | UnfusableError],
-    names: dict[nn.Module, list[str]],
-    is_reversed: bool,
-) -> dict[nn.Module, nn.Module | UnfusableError]:
-    """For each module the one that takes its place, or why there is none."""
-    findings: dict[nn.Module, nn.Module | UnfusableError] = {}
-    items = progress(list(parts), "module", lambda m: f"examine {names[m][0] or 'the model'}")
-    for _, module in items:
-        found = parts[module]
-        if isinstance(found, Parts):
-            try:
-                findings[module] = _successor(module, found, is_reversed)
-            except UnfusableError as reason:
-                findings[module] = reason
+class Finding(NamedTuple):
+    """A module that looks like a PSA module, and its replacement or the reason to skip it.
+
+    Attributes:
+        module: the module.
+        names: all its names in the model; "" is the model itself.
+        layers: the names of its layers; None if they are not those of a PSA module.
+        replacement: the fused module; None if the module is skipped or not examined yet.
+        skip_reason: the reason why the module is skipped, or "".
+    """
+
+    module: nn.Module
+    names: list[str]
+    layers: PSALayers | None
+    replacement: nn.Module | None = None
+    skip_reason: str = ""
+
+
+def _detect(model: nn.Module) -> list[Finding]:
+    """Return all modules that look like PSA modules and are not fused yet."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    findings = []
+    for module in names:
+        if isinstance(module, FUSED_CLASSES):
+            continue
+        try:
+            layers = find_layers(module)
+        except UnfusableError as error:
+            findings.append(Finding(module, names[module], None, skip_reason=str(error)))
         else:
-            findings[module] = found
+            if layers is not None:
+                findings.append(Finding(module, names[module], layers))
     return findings
 
 
-def _find(module: nn.Module) -> Parts | UnfusableError | None:
-    if isinstance(module, (FusedPSAModule, FusedPSAVariant)):
-        return None
-    try:
-        return find_parts(module)
-    except UnfusableError as reason:
-        return reason
+def _examine(findings: Sequence[Finding], is_reversed: bool) -> list[Finding]:
+    """Return the findings with a verified replacement or a reason to skip each."""
+    items = progress(findings, "module", lambda f: f"examine {f.names[0] or 'the model'}")
+    examined = []
+    for _, finding in items:
+        if finding.layers is not None:
+            try:
+                fused = _make_replacement(finding.module, finding.layers, is_reversed)
+                finding = finding._replace(replacement=fused)
+            except UnfusableError as error:
+                finding = finding._replace(skip_reason=str(error))
+        examined.append(finding)
+    return examined
 
 
-def _successor(module: nn.Module, parts: Parts, is_reversed: bool) -> nn.Module:
-    """The module that can take the place of this one."""
-    _check_surroundings(module, parts)
-    build = prove(module, parts, is_reversed)
-    plain = not (build.split or build.relu or build.overwrites) and build.reversed
-    official = is_psa(module) and build.branches == CONVS
-    if plain and official and module.se.fc1.bias is not None and module.se.fc2.bias is not None:
-        return stand_in(module, FusedPSAModule)
-    return FusedPSAVariant.standing_for(module, build)
+def _make_replacement(module: nn.Module, layers: PSALayers, is_reversed: bool) -> nn.Module:
+    """Return the fused module that can replace ``module``, or raise an UnfusableError."""
+    _check_class_and_hooks(module, layers)
+    spec = verify_module(module, layers, is_reversed)
+    if _is_official(module, spec):
+        return replace_class(module, FusedPSAModule)
+    return FusedPSAVariant.from_module(module, spec)
 
 
-# What a class may do its own way, and a fused module would not.
-_OF_MODULE = (
-    "__call__", "train", "_apply", "state_dict", "load_state_dict", "get_extra_state",
-    "set_extra_state", "_save_to_state_dict", "_load_from_state_dict",
-)  # fmt: skip
+def _is_official(module: nn.Module, spec: PSASpec) -> bool:
+    """Return whether ``FusedPSAModule`` computes what a module with this spec computes."""
+    layers = PSALayers(CONVS, (("se.fc1", "se.fc2"),))
+    if not is_psa(module) or spec != PSASpec(layers):
+        return False
+    se: Any = module.se
+    return se.fc1.bias is not None and se.fc2.bias is not None
 
 
-def _check_surroundings(module: nn.Module, parts: Parts) -> None:
-    """Raise an UnfusableError for what no run on noise would show."""
-    for name in _OF_MODULE:
+def _check_class_and_hooks(module: nn.Module, layers: PSALayers) -> None:
+    """Raise an UnfusableError for properties that a run on random inputs doesn't show."""
+    for name in _MODULE_METHODS:
         if getattr(type(module), name) is not getattr(nn.Module, name):
             raise UnfusableError(f"{type(module).__name__} has a {name} of its own")
     if module._load_state_dict_pre_hooks:
@@ -140,7 +173,7 @@ def _check_surroundings(module: nn.Module, parts: Parts) -> None:
         raise UnfusableError("its forward takes more than one tensor")
     if any(is_lazy(p) or p.is_meta for p in module.parameters()):
         raise UnfusableError("it can't be run: its parameters aren't there yet")
-    for name, part in bypassed(module, parts).items():
+    for name, part in bypassed_modules(module, layers).items():
         where = name or "it"
         if "forward" in vars(part):
             raise UnfusableError(f"{where} has a forward that was replaced")
@@ -152,44 +185,61 @@ def _check_surroundings(module: nn.Module, parts: Parts) -> None:
             raise UnfusableError(f"{where} has a buffer, or is a dropout")
 
 
-def _warn(name: str, module: nn.Module, reason: UnfusableError) -> None:
-    text = f"fuse: {name or 'the model'} ({type(module).__name__}) is left alone: {reason}"
-    warnings.warn(text, UserWarning, stacklevel=3)
+def _warn_of_skipped(findings: Sequence[Finding]) -> None:
+    for module, names, _, _, reason in findings:
+        for name in names if reason else ():
+            text = f"fuse: {name or 'the model'} ({type(module).__name__}) is skipped: {reason}"
+            warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _table(
-    findings: dict[nn.Module, nn.Module | UnfusableError],
-    names: dict[nn.Module, list[str]],
-    parts: dict[nn.Module, Parts | UnfusableError],
-) -> str:
-    """One line for each module: its name, what it is made of, and what becomes of it."""
+def _replace_modules(model: nn.Module, findings: Sequence[Finding]) -> nn.Module:
+    """Put the replacements into ``model``; return it, or its own replacement."""
+    for finding in findings:
+        if finding.replacement is None:
+            continue
+        for name in finding.names:
+            if name:
+                model.set_submodule(name, finding.replacement)
+            else:
+                model = finding.replacement
+    return model
+
+
+def _table(findings: Sequence[Finding]) -> str:
+    """Format one line per name of each module: its class, its layers and its replacement."""
     lines = [("module", "class", "kernels/groups", "SE", "input", "becomes")]
-    for module, found in findings.items():
-        made_of = _summary(module, parts[module])
-        split = isinstance(found, FusedPSAVariant) and found.build.split
-        if isinstance(found, UnfusableError):
-            taken, becomes = "?", f"left alone: {found}"
-        else:
-            taken, becomes = "split" if split else "whole", type(found).__name__
-        lines += [
-            (name or ".", type(module).__name__, *made_of, taken, becomes) for name in names[module]
-        ]
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    for finding in findings:
+        row = (
+            type(finding.module).__name__,
+            *_describe_layers(finding),
+            *_describe_result(finding),
+        )
+        lines += [(name or ".", *row) for name in finding.names]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]])
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
 
 
-def _summary(module: nn.Module, parts: Parts | UnfusableError) -> tuple[str, str]:
-    """Kernels and groups of the convolutions, and the widths of the SE."""
-    if isinstance(parts, UnfusableError):
+def _describe_layers(finding: Finding) -> tuple[str, str]:
+    """Return the convolutions' kernels and groups, and the number and widths of the SEs."""
+    if finding.layers is None:
         return "?", "?"
-    convs = [only_conv(module.get_submodule(name)) for name in parts.branches]
+    convs = branch_convs(finding.module, finding.layers)
     kernels = " ".join(f"{'x'.join(map(str, c.kernel_size))}/{c.groups}" for c in convs)
-    layer = module.get_submodule(parts.ses[0][0])
-    linear = isinstance(layer, nn.Linear)
-    C = layer.in_features if linear else layer.in_channels
-    R = layer.out_features if linear else layer.out_channels
-    each = f"{len(parts.ses)} x " if len(parts.ses) > 1 else ""
-    return kernels, f"{each}{C}-{R}-{C}"
+    ses = finding.layers.ses
+    widths = layer_widths(finding.module.get_submodule(ses[0][0]))
+    assert widths is not None  # find_layers accepts no other layer
+    C, R = widths
+    count = f"{len(ses)} x " if len(ses) > 1 else ""
+    return kernels, f"{count}{C}-{R}-{C}"
+
+
+def _describe_result(finding: Finding) -> tuple[str, str]:
+    """Return how the branches use the input, and the class of the replacement."""
+    fused = finding.replacement
+    if fused is None:
+        return "?", f"skipped: {finding.skip_reason}"
+    split = isinstance(fused, FusedPSAVariant) and fused.spec.split_input
+    return "split" if split else "whole", type(fused).__name__

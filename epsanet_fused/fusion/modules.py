@@ -1,110 +1,123 @@
-"""PSA modules that are built otherwise than the official one, with a tail of one operator."""
+"""The module that replaces a PSA module that differs from the official one."""
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epsanet_fused.fusion.detect import PSALayers
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.memory_format import accumulator_dtype
 
-# Symbolic tracing takes these as a whole.
+# Symbolic tracing records one call of each of these.
 torch.fx.wrap("psa_tail")
-torch.fx.wrap("_attention")
+torch.fx.wrap("_se_attention")
 
-Kind = TypeVar("Kind", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
-class Build(NamedTuple):
-    """How a PSA module is built, with the names of its parts."""
+class PSASpec(NamedTuple):
+    """The layers of a PSA module and how it uses them; the defaults are the official module's.
 
-    branches: tuple[str, ...]  # modules that each make one branch, the smallest kernel's first
-    ses: tuple[tuple[str, str], ...]  # the two layers of the SE: one pair, or one for each branch
-    split: bool  # whether a branch gets its share of the input's channels, or all of them
-    relu: bool  # whether each branch ends in a ReLU that is no module
-    reversed: bool  # whether the last branch comes first in the output
-    overwrites: bool  # whether the branches are written over the input, too
+    Attributes:
+        layers: the names of its branches and SE layers; the smallest kernel's branch comes first.
+        split_input: True if each branch takes an equal share of the input's channels, False if it
+            takes all of them.
+        relu: True if a ReLU that is not a submodule follows each branch.
+        is_reversed: True if the last branch comes first in the output.
+        overwrites_input: True if the module writes the branches into its input.
+    """
+
+    layers: PSALayers
+    split_input: bool = False
+    relu: bool = False
+    is_reversed: bool = True
+    overwrites_input: bool = False
 
 
 class FusedPSAVariant(nn.Module):
-    """A PSA module of another build than ``FusedPSAModule``; ``epsanet_fused.fuse`` makes them.
+    """Fused replacement of a PSA module that ``FusedPSAModule`` cannot express.
 
-    It keeps the parts and the names of the module that it stands for. What makes the branches runs
-    as it is. If one SE serves all branches, the rest is ``psa_tail``. If each has its own, it is
-    plain PyTorch with as few passes as that allows: the operator has one SE.
+    ``epsanet_fused.fuse`` builds it. It keeps the submodules of the original under their names, and
+    calls those of the branches. If all branches share one SE, ``psa_tail`` runs the rest. If each
+    has its own, plain PyTorch runs it with few memory passes, because the operator has one SE.
 
     Shape: (B, C_in, H, W) -> (B, S * C, H', W').
     """
 
-    build: Build
+    spec: PSASpec
 
     @classmethod
-    def standing_for(cls, module: nn.Module, build: Build) -> FusedPSAVariant:
-        made = stand_in(module, cls)
-        made.build = build
-        return made
+    def from_module(cls, module: nn.Module, spec: PSASpec) -> FusedPSAVariant:
+        """Build the replacement of ``module``, with which it shares its state."""
+        fused = replace_class(module, cls)
+        fused.spec = spec
+        return fused
 
     def forward(self, x: Tensor) -> Tensor:
-        build = self.build
-        makers = [self.get_submodule(name) for name in build.branches]
-        count = len(makers)
-        shares = [_share(x, i, count) for i in range(count)] if build.split else [x] * count
-        branches = [make(share) for make, share in zip(makers, shares, strict=True)]
-        if build.relu:
-            branches = [F.relu(branch) for branch in branches]
-        weights = [self._weights(*names) for names in build.ses]
-        if build.overwrites:
-            whole = torch.cat(branches, 1)
-            x.copy_(whole)
+        """Return what the original returns; ``x`` is overwritten if the original does that."""
+        spec = self.spec
+        branches = self._convolve(x)  # S tensors (B, C, H', W')
+        concat = None
+        if spec.overwrites_input:
+            concat = torch.cat(branches, 1)  # (B, S * C, H', W')
+            x.copy_(concat)
+        weights = [self._se_weights(*names) for names in spec.layers.ses]
         if len(weights) == 1:  # psa_tail puts the last branch first
-            return psa_tail(branches if build.reversed else branches[::-1], *weights[0])
-        attention = _attention(branches, weights)[..., None, None]  # (B, S, C, 1, 1)
-        if build.overwrites and not build.reversed:
-            return (whole.unflatten(1, (count, -1)) * attention).flatten(1, 2)
-        parts = [branch * attention[:, i] for i, branch in enumerate(branches)]
-        return torch.cat(parts[::-1] if build.reversed else parts, 1)
+            return psa_tail(branches if spec.is_reversed else branches[::-1], *weights[0])
+        attention = _se_attention(branches, weights)[..., None, None]  # (B, S, C, 1, 1)
+        if concat is not None and not spec.is_reversed:
+            return (concat.unflatten(1, (len(branches), -1)) * attention).flatten(1, 2)
+        scaled = [branch * attention[:, i] for i, branch in enumerate(branches)]
+        return torch.cat(scaled[::-1] if spec.is_reversed else scaled, 1)
 
-    def _weights(self, *names: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(R, C, ...), (R,), (C, R, ...) and (C,); zeros for a layer without bias."""
-        fc1, fc2 = (self.get_submodule(name) for name in names)
+    def _convolve(self, x: Tensor) -> list[Tensor]:
+        modules = [self.get_submodule(name) for name in self.spec.layers.branches]
+        inputs = [x] * len(modules)
+        if self.spec.split_input:
+            C = x.shape[1] // len(modules)
+            inputs = [x[:, i * C : (i + 1) * C] for i in range(len(modules))]
+        branches = [module(share) for module, share in zip(modules, inputs, strict=True)]
+        return [F.relu(branch) for branch in branches] if self.spec.relu else branches
+
+    def _se_weights(self, *names: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the SE's weights; the bias of a layer without one is zero."""
+        layers: list[Any] = [self.get_submodule(name) for name in names]
         biases = [
-            fc.weight.new_zeros(fc.weight.shape[0]) if fc.bias is None else fc.bias
-            for fc in (fc1, fc2)
+            fc.weight.new_zeros(fc.weight.shape[0]) if fc.bias is None else fc.bias for fc in layers
         ]
-        return fc1.weight, biases[0], fc2.weight, biases[1]
+        return layers[0].weight, biases[0], layers[1].weight, biases[1]
 
     def extra_repr(self) -> str:
-        build = self.build
-        order = "reversed" if build.reversed else "natural"
-        tail = "psa_tail" if len(build.ses) == 1 else "one SE per branch, in plain PyTorch"
-        return f"branches={len(build.branches)}, split={build.split}, order={order}, tail={tail}"
+        """Return the number of branches, how they are used, and what runs the tail."""
+        layers, split = self.spec.layers, self.spec.split_input
+        order = "reversed" if self.spec.is_reversed else "natural"
+        tail = "psa_tail" if len(layers.ses) == 1 else "one SE per branch, in plain PyTorch"
+        return f"branches={len(layers.branches)}, split={split}, order={order}, tail={tail}"
 
 
-def stand_in(module: nn.Module, kind: type[Kind]) -> Kind:
-    """A module of this kind with all that ``module`` has: its parts, parameters, hooks, attributes.
+def replace_class(module: nn.Module, cls: type[Module]) -> Module:
+    """Return a ``cls`` with the state of ``module``: submodules, parameters, hooks, attributes.
 
-    Other people's code may have put marks on the module, as YOLO's does with each layer's inputs.
+    Attributes that other code has set on the module are kept too: YOLO's parser stores the index
+    of each layer's input on the layer.
     """
-    made = kind.__new__(kind)
+    made = cls.__new__(cls)
     made.__dict__.update(vars(module))
     for name in ("_parameters", "_buffers", "_modules"):
         made.__dict__[name] = copy.copy(vars(module)[name])
     return made
 
 
-def _share(x: Tensor, i: int, count: int) -> Tensor:
-    """Part i of ``count`` equal parts of the channels."""
-    width = x.shape[1] // count
-    return x[:, i * width : (i + 1) * width]
-
-
-def _attention(branches: list[Tensor], weights: list[tuple[Tensor, ...]]) -> Tensor:
-    """(B, S, C) by an SE for each branch, in the branches' dtype."""
+def _se_attention(
+    branches: list[Tensor], weights: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> Tensor:
+    """Return the attention (B, S, C) of S branches with one SE each, in the branches' dtype."""
     acc = accumulator_dtype(branches[0].dtype)
     gates = []
     with torch.autocast(branches[0].device.type, enabled=False):
@@ -112,5 +125,5 @@ def _attention(branches: list[Tensor], weights: list[tuple[Tensor, ...]]) -> Ten
             fc1, bias1, fc2, bias2 = (w.to(acc) for w in se)
             squeeze = x.mean((2, 3), dtype=acc)  # (B, C)
             hidden = F.relu(F.linear(squeeze, fc1.flatten(1), bias1))  # (B, R)
-            gates.append(torch.sigmoid(F.linear(hidden, fc2.flatten(1), bias2)))
+            gates.append(torch.sigmoid(F.linear(hidden, fc2.flatten(1), bias2)))  # (B, C)
         return torch.softmax(torch.stack(gates, 1), 1).to(branches[0].dtype)

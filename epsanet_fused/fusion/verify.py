@@ -1,8 +1,11 @@
-"""Whether a module computes what a fused one would: shown on noise, in float64.
+"""Verify numerically what a detected PSA module computes.
 
-A module is a black box here. A copy of it with random weights runs beside each of the builds that
-its parts allow. The noise is to reach whatever another activation, another softmax, a clamp or a
-detach would change: hidden units on both sides of zero, small numbers, large ones, and NaN.
+The module is a black box here. A float64 copy of it runs on random weights and random inputs, and
+so does the fused replacement for each way in which its layers can be used (``PSASpec``). The
+replacement is correct if outputs, gradients and the effect on the input agree in all trials.
+
+The trials are chosen so that another activation, softmax, clamp or detach changes the results:
+hidden units on both sides of zero, small numbers, large numbers, and NaN.
 """
 
 from __future__ import annotations
@@ -10,213 +13,262 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from epsanet_fused.backends.registry import use_backend
-from epsanet_fused.fusion.detect import Parts, UnfusableError, bypassed, only_conv
-from epsanet_fused.fusion.modules import Build, FusedPSAVariant
+from epsanet_fused.fusion.detect import (
+    PSALayers,
+    UnfusableError,
+    branch_convs,
+    bypassed_modules,
+)
+from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec
 
-# As much as code loses that goes through float32 on its way, as some does for autocast.
+# Relative. Modules that convert to float32 inside, as some do for autocast, reach no better.
 TOLERANCE = 1e-6
 LARGE = 50.0
 
 
 class Trial(NamedTuple):
-    """One run: on which noise, with which weights, in which mode."""
+    """The random input and the mode of one run.
+
+    Attributes:
+        seed: of weights and input.
+        B: batch size.
+        extra_size: height and width of the input beyond the smallest that the convolutions accept.
+        training: run in training mode.
+        grads: compare gradients too.
+        scale: factor of the input.
+    """
 
     seed: int
     B: int
-    larger: tuple[int, int]  # than the smallest image that the convolutions take
+    extra_size: tuple[int, int]
     training: bool = False
     grads: bool = False
     scale: float = 1.0
 
 
 TRIALS = (
-    Trial(0, B=2, larger=(0, 3), training=True, grads=True),
-    Trial(1, B=1, larger=(2, 1), grads=True),
-    Trial(2, B=2, larger=(1, 1), scale=LARGE),
-    Trial(3, B=1, larger=(13, 20)),
+    Trial(0, B=2, extra_size=(0, 3), training=True, grads=True),
+    Trial(1, B=1, extra_size=(2, 1), grads=True),
+    Trial(2, B=2, extra_size=(1, 1), scale=LARGE),
+    Trial(3, B=1, extra_size=(13, 20)),
 )
 
 
-def prove(module: nn.Module, parts: Parts, is_reversed: bool) -> Build:
-    """The build whose fused module computes what this one does.
+class Result(NamedTuple):
+    """The effects of one call of a module.
+
+    Attributes:
+        out: the output.
+        input_after: the input after the call.
+        grads: the gradients of input and parameters, if the trial asks for them.
+    """
+
+    out: Tensor
+    input_after: Tensor
+    grads: list[Tensor] | None
+
+
+def verify_module(module: nn.Module, layers: PSALayers, is_reversed: bool) -> PSASpec:
+    """Return the spec with which ``FusedPSAVariant`` computes what ``module`` computes.
+
+    Args:
+        module: a module that looks like a PSA module. It is not run or changed; a copy of it is.
+        layers: the names of its layers.
+        is_reversed: whether the last branch is expected to come first in the output.
 
     Raises:
-        UnfusableError: if there is none.
+        UnfusableError: if there is no such spec, or its branches are in the other order.
     """
-    failures = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), use_backend("reference"):
-        try:
-            twin = _twin(module)
-        except Exception as error:  # what can be in a module that can't be copied is endless
-            raise UnfusableError(f"it can't be copied: {_first_line(error)}") from None
-        for split in (False, True):
-            try:
-                builds = _builds_that_agree(twin, parts, split)
-            except UnfusableError:
-                raise
-            except Exception as error:  # nor is there an end to what a module may raise
-                failures.append(_first_line(error))
-                continue
-            for build in builds:
-                if build.reversed == is_reversed:
-                    return build
-                order = "reversed" if build.reversed else "natural"
-                raise UnfusableError(f"its branches are in {order} order; order={order!r} takes it")
-    if len(failures) == 2:
-        raise UnfusableError(f"it can't be run on noise: {failures[0]}")
-    raise UnfusableError("it computes something else than a PSA module of such parts")
+        spec = _find_spec(_copy_in_float64(module), layers)
+    if spec.is_reversed != is_reversed:
+        order = "reversed" if spec.is_reversed else "natural"
+        raise UnfusableError(f"its branches are in {order} order; order={order!r} takes it")
+    return spec
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy in float64, without hooks: who is behind them may be large, and needn't know."""
+def _copy_in_float64(module: nn.Module) -> nn.Module:
+    """Return a copy without hooks: they must not be called, and may refer to large objects."""
     hooks = (
         value
         for part in module.modules()
         for name, value in vars(part).items()
         if "_hooks" in name and isinstance(value, dict)
     )
-    twin = copy.deepcopy(module, memo={id(each): OrderedDict() for each in hooks})
-    if next(module.parameters()).device.type == "mps":  # which has no float64
-        twin = twin.cpu()
-    return twin.double().requires_grad_()
+    try:
+        copied = copy.deepcopy(module, memo={id(each): OrderedDict() for each in hooks})
+        if next(module.parameters()).device.type == "mps":  # which has no float64
+            copied = copied.cpu()
+        return copied.double().requires_grad_()
+    except Exception as error:  # any attribute of a module can raise any exception
+        raise UnfusableError(f"it can't be copied: {_first_line(error)}") from None
 
 
-def _builds_that_agree(twin: nn.Module, parts: Parts, split: bool) -> list[Build]:
-    """Those of the builds that give what the twin gives, in all trials."""
-    builds: list[Build] | None = None
+def _find_spec(module: nn.Module, layers: PSALayers) -> PSASpec:
+    """Return the first spec that agrees with ``module``, or raise an UnfusableError."""
+    errors = []
+    for split_input in (False, True):
+        try:
+            specs = _matching_specs(module, layers, split_input)
+        except UnfusableError:
+            raise
+        except Exception as error:  # a module can raise any exception
+            errors.append(_first_line(error))
+            continue
+        if specs:
+            return specs[0]
+    if len(errors) == 2:
+        raise UnfusableError(f"it can't be run on noise: {errors[0]}")
+    raise UnfusableError("it computes something else than a PSA module of such parts")
+
+
+def _matching_specs(module: nn.Module, layers: PSALayers, split_input: bool) -> list[PSASpec]:
+    """Return the specs that agree with ``module`` in all trials."""
+    specs: list[PSASpec] | None = None
     for trial in TRIALS:
         generator = torch.Generator().manual_seed(trial.seed)
-        _randomize(twin, parts, trial, generator)
-        x = _noise(twin, parts, split, trial, generator)
-        true = _observe(twin, parts, x, trial)
-        if builds is None:
-            overwrites = not torch.equal(true.after, x)
-            kinds = itertools.product((False, True), repeat=2)
-            builds = [Build(*parts, split, relu, order, overwrites) for relu, order in kinds]
-        builds = [build for build in builds if _agrees(twin, build, x, trial, true)]
-        if not builds:
+        _randomize_parameters(module, layers, trial, generator)
+        x = _random_input(module, layers, split_input, trial, generator)
+        expected = _run_original(module, layers, x, trial)
+        if specs is None:
+            overwrites = not torch.equal(expected.input_after, x)
+            specs = [
+                PSASpec(layers, split_input, relu, is_reversed, overwrites)
+                for relu, is_reversed in itertools.product((False, True), repeat=2)
+            ]
+        specs = [spec for spec in specs if _agrees(module, spec, x, trial, expected)]
+        if not specs:
             break
-    return builds or []
+    return specs or []
 
 
 @torch.no_grad()
-def _randomize(twin: nn.Module, parts: Parts, trial: Trial, generator: torch.Generator) -> None:
-    """Weights that keep the size of what they are applied to, so that no gate is saturated."""
-    for p in twin.parameters():
+def _randomize_parameters(
+    module: nn.Module, layers: PSALayers, trial: Trial, generator: torch.Generator
+) -> None:
+    """Draw parameters that preserve the size of activations, so that no sigmoid saturates."""
+    for p in module.parameters():
         noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu")
-        # A bias is small, for a hidden unit to be on both sides of zero.
+        # Small biases, so that hidden units occur on both sides of zero.
         p.copy_(noise * (0.3 if p.dim() < 2 else (len(p) / p.numel()) ** 0.5))
-    for _, second in parts.ses:
-        for p in twin.get_submodule(second).parameters():
-            p /= trial.scale
+    for _, second in layers.ses:
+        for p in module.get_submodule(second).parameters():
+            p.div_(trial.scale)
 
 
-def _noise(
-    twin: nn.Module, parts: Parts, split: bool, trial: Trial, generator: torch.Generator
+def _random_input(
+    module: nn.Module,
+    layers: PSALayers,
+    split_input: bool,
+    trial: Trial,
+    generator: torch.Generator,
 ) -> Tensor:
-    """(B, C_in, H, W), channels with means of their own; a large one has a NaN in one sample."""
-    convs = [only_conv(twin.get_submodule(name)) for name in parts.branches]
-    least = max(_smallest_image(conv) for conv in convs)
-    C = sum(conv.in_channels for conv in convs) if split else convs[0].in_channels
-    H, W = (least + more for more in trial.larger)
-    shape, options = (trial.B, C), {"generator": generator, "device": "cpu"}
-    x = torch.randn(*shape, H, W, **options) + torch.randn(*shape, 1, 1, **options)
-    x *= trial.scale
+    """Return (B, C_in, H, W); the channels' means differ, and a scaled input holds one NaN."""
+    convs = branch_convs(module, layers)
+    side = max(_smallest_side(conv) for conv in convs)
+    C = sum(conv.in_channels for conv in convs) if split_input else convs[0].in_channels
+    H, W = (side + extra for extra in trial.extra_size)
+    noise = torch.randn(trial.B, C, H, W, generator=generator, device="cpu")
+    means = torch.randn(trial.B, C, 1, 1, generator=generator, device="cpu")
+    x = (noise + means) * trial.scale
     if trial.scale != 1:
         x[0, 0, 0, 0] = torch.nan
     return x.to(convs[0].weight)
 
 
-def _smallest_image(conv: nn.Conv2d) -> int:
-    """A side that the convolution takes, also where it mirrors the image around its edges."""
+def _smallest_side(conv: nn.Conv2d) -> int:
+    """Return a height and width that ``conv`` accepts, also with reflection padding."""
     extents = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    if conv.padding == "valid" or conv.padding == (0, 0):
+    padding = conv.padding
+    if isinstance(padding, str):
+        padding = (0, 0) if padding == "valid" else tuple(extents)
+    if padding == (0, 0):
         return max(extents) + 1
-    padding = extents if conv.padding == "same" else conv.padding
     return max(3, *(p + 1 for p in padding))
 
 
-class Result(NamedTuple):
-    """What a module makes, what it leaves of its input, and the gradients if it has any."""
-
-    out: Tensor
-    after: Tensor
-    grads: list[Tensor] | None
-
-
-def _observe(twin: nn.Module, parts: Parts, x: Tensor, trial: Trial) -> Result:
-    """``_run``, and an eye on what a fused module would not do."""
-    twin.train(trial.training)  # which is a mark, too
-    parts_before = {name: _marks(part) for name, part in bypassed(twin, parts).items()}
-    random_before = torch.get_rng_state()
-    result = _run(twin, x, trial)
-    if not torch.equal(torch.get_rng_state(), random_before):
+def _run_original(module: nn.Module, layers: PSALayers, x: Tensor, trial: Trial) -> Result:
+    """Run the module; raise an UnfusableError if it has effects that a fused module lacks."""
+    module.train(trial.training)  # before the snapshot, because it sets an attribute
+    before = _snapshot(module, layers)
+    rng_state = torch.get_rng_state()
+    result = _run(module, x, trial)
+    if not torch.equal(torch.get_rng_state(), rng_state):
         raise UnfusableError("it draws random numbers")
-    for name, part in bypassed(twin, parts).items():
-        before, now = parts_before[name], _marks(part)
-        for mark in before.keys() | now.keys():
-            if before.get(mark) != now.get(mark):
-                kept = f"{name}.{mark}" if name else mark
-                raise UnfusableError(f"it keeps something from call to call: {kept}")
+    after = _snapshot(module, layers)
+    for name in before | after:
+        if before.get(name) != after.get(name):
+            raise UnfusableError(f"it keeps something from call to call: {name}")
     return result
 
 
-def _marks(part: nn.Module) -> dict[str, tuple[int, Any]]:
-    """What is written on a module, in a form in which a change shows."""
+def _snapshot(module: nn.Module, layers: PSALayers) -> dict[str, tuple[int, int | None]]:
+    """Return identity and length of all attributes of the modules that a fused one bypasses."""
     return {
-        name: (id(value), len(value) if isinstance(value, (list, dict, set)) else None)
-        for name, value in vars(part).items()
+        f"{name}.{attribute}".lstrip("."): (
+            id(value),
+            len(value) if isinstance(value, (list, dict, set)) else None,
+        )
+        for name, part in bypassed_modules(module, layers).items()
+        for attribute, value in vars(part).items()
     }
 
 
+def _agrees(module: nn.Module, spec: PSASpec, x: Tensor, trial: Trial, expected: Result) -> bool:
+    """Return whether the fused module gives the expected result.
+
+    Gradients are compared if the original has them.
+    """
+    try:
+        actual = _run(FusedPSAVariant.from_module(module, spec), x, trial)
+    except Exception:  # the branches' shapes differ, or they are no tensors
+        return False
+    if not _close(actual.out, expected.out):
+        return False
+    if not _close(actual.input_after, expected.input_after):
+        return False
+    if expected.grads is None:
+        return True
+    return actual.grads is not None and all(map(_close, actual.grads, expected.grads))
+
+
 def _run(module: nn.Module, x: Tensor, trial: Trial) -> Result:
+    """Run the module as the trial says, and restore its buffers, such as a norm's statistics."""
     module.train(trial.training)
     buffers = [(b, b.clone()) for b in module.buffers()]
     try:
         with torch.set_grad_enabled(trial.grads), torch.autocast(x.device.type, enabled=False):
-            return _results(module, x, trial)
+            return _call(module, x, trial.grads)
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:  # the statistics of a norm
+            for buffer, before in buffers:
                 buffer.copy_(before)
 
 
-def _results(module: nn.Module, x: Tensor, trial: Trial) -> Result:
+def _call(module: nn.Module, x: Tensor, grads: bool) -> Result:
     leaves = [x.clone().requires_grad_(), *module.parameters()]
-    given = leaves[0] * 1  # no leaf, which a module may not write over
+    given = leaves[0] * 1  # not a leaf, so that the module may write to it
     out = module(given)
     if not isinstance(out, Tensor):
         raise TypeError(f"it returns a {type(out).__name__}")
-    after = given.detach().clone()
-    if not trial.grads:
-        return Result(out, after, None)
+    input_after = given.detach().clone()
+    if not grads:
+        return Result(out, input_after, None)
     ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     try:
-        grads = torch.autograd.grad((out * ramp).sum(), leaves, allow_unused=True)
+        found = torch.autograd.grad((out * ramp).sum(), leaves, allow_unused=True)
     except RuntimeError:
-        if torch.equal(after, x):
+        if torch.equal(input_after, x):
             raise
-        return Result(out.detach(), after, None)  # it wrote over what its own gradient needs
-    return Result(out.detach(), after, [torch.zeros(()) if g is None else g for g in grads])
-
-
-def _agrees(twin: nn.Module, build: Build, x: Tensor, trial: Trial, true: Result) -> bool:
-    """Whether the fused module of this build does the same; gradients only if there are some."""
-    try:
-        found = _run(FusedPSAVariant.standing_for(twin, build), x, trial)
-    except Exception:  # the branches don't fit together, or aren't even tensors
-        return False
-    if not (_close(found.out, true.out) and _close(found.after, true.after)):
-        return False
-    if true.grads is None:
-        return True
-    return found.grads is not None and all(map(_close, found.grads, true.grads))
+        # The module overwrote an input that its own backward needs: it can't be trained.
+        return Result(out.detach(), input_after, None)
+    return Result(out.detach(), input_after, [torch.zeros(()) if g is None else g for g in found])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

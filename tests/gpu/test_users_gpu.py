@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import psa_variants as variants
 import pytest
 import torch
+from helpers import psa_variants as variants
 from PIL import Image
 
 import epsanet_fused as ef
@@ -22,15 +22,15 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "classification.py"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("make", [lambda: variants.Official(64, 64),
-                                  lambda: variants.InBiRefNet(64),
-                                  lambda: variants.ExternalAttentionMended(64)],
+@pytest.mark.parametrize("make", [lambda: variants.OfficialPSA(64, 64),
+                                  lambda: variants.BiRefNetPSA(64),
+                                  lambda: variants.OutOfPlaceExternalAttention(64)],
                          ids=["official", "BiRefNet", "an SE each"])  # fmt: skip
 def test_fuse(make, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = torch.nn.Sequential(make()).to("cuda", dtype)
     x = torch.randn(2, 64, 9, 7, device="cuda", dtype=dtype)
-    order = "reversed" if isinstance(model[0], variants.Official) else "natural"
+    order = "reversed" if isinstance(model[0], variants.OfficialPSA) else "natural"
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
         out = ef.fuse(model, order=order)(x)

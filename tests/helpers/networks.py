@@ -1,4 +1,4 @@
-"""Small networks, their rewrites for inference, and what to export of them."""
+"""Small networks, their rewrites for inference, and their export."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from helpers.psa_variants import OfficialPSA
 from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.inference.blocks import Rewrites
-from epsanet_fused.inference.conv import ConvPlan
 from epsanet_fused.inference.rewrite import apply, find_targets
+from epsanet_fused.nn.grouped_conv import ConvPlan
+
+NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+# Networks.
 
 
 def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
-    """Norms with the images' statistics and uneven parameters: none is near the identity.
+    """Give every norm the statistics of the images and uneven parameters, far from the identity.
 
-    What a block adds to its input is smaller than that, as in trained networks; else 33 blocks of
-    noise would blow up any rounding.
+    The last norm of a block is small, so that the residual is smaller than the shortcut, as in
+    trained networks. Otherwise 33 random blocks would amplify any rounding.
     """
     generator = torch.Generator().manual_seed(0)
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -33,7 +39,7 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 class ResNetBlock(ef.EPSABlock):
-    """ResNet's bottleneck: a 3x3 convolution for the PSA module."""
+    """ResNet's bottleneck: a 3x3 convolution in place of the PSA module."""
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1, *args, **options) -> None:
         super().__init__(inplanes, planes, stride, *args, **options)
@@ -41,13 +47,13 @@ class ResNetBlock(ef.EPSABlock):
 
 
 class OfficialBlock(nn.Module):
-    """A block as the official code has it, by no class of this package but the reference's SE."""
+    """The official block, written without the classes of this package but the SE."""
 
     def __init__(self, inplanes: int, planes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = OfficialPSA(planes)
+        self.conv2 = OfficialPSA(planes, planes, se=ef.SEWeightModule)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * planes)
@@ -66,57 +72,44 @@ class OfficialBlock(nn.Module):
         return self.relu(out)
 
 
-class OfficialPSA(nn.Module):
-    def __init__(self, planes: int) -> None:
-        super().__init__()
-        for i, (k, groups) in enumerate(zip((3, 5, 7, 9), (1, 4, 8, 16), strict=True), 1):
-            conv = nn.Conv2d(planes, planes // 4, k, padding=k // 2, groups=groups, bias=False)
-            setattr(self, f"conv_{i}", conv)
-        self.se = ef.SEWeightModule(planes // 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branches = [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
-        weights = torch.stack([self.se(branch) for branch in branches], 1).softmax(1)
-        return torch.cat([b * w for b, w in zip(branches, weights.unbind(1), strict=True)][::-1], 1)
-
-
 def small(block: type[ef.EPSABlock] = ef.EPSABlock) -> ef.EPSANet:
-    """Five blocks, two of them in one stage."""
+    """A calibrated network of five blocks, two of them in one stage."""
     torch.manual_seed(0)
     model = ef.EPSANet(block, (1, 2, 1, 1), 5, planes=(64, 64, 64, 128))
     return calibrate(model, torch.randn(4, 3, 64, 64))
 
 
 def official() -> nn.Module:
-    """A network of another package whose blocks are built like the official ones."""
+    """A calibrated network of official blocks."""
     torch.manual_seed(0)
-    return calibrate(nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), OfficialBlock(64, 64),
-                                   OfficialBlock(256, 64)), torch.randn(4, 3, 32, 32))  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), OfficialBlock(64, 64), OfficialBlock(256, 64))
+    return calibrate(model, torch.randn(4, 3, 32, 32))
 
 
-NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
-NONE = Rewrites(NCHW, fold=False, epilogue=False, fused_calls=False)
+# Rewrites for inference.
 
 
 def plans(model: nn.Module, memory_format: torch.memory_format) -> dict[str, ConvPlan]:
-    """One plan after another for the grouped convolutions."""
-    kinds = itertools.cycle(["merged", "wide", "tiled", "dense", "other format"])
+    """Plan the grouped convolutions of the model, with every kind of plan in turn."""
+    kinds = itertools.cycle(["merged", "small tile", "large tile", "dense", "other format"])
     found = {}
     for name, conv in model.named_modules():
         if isinstance(conv, nn.Conv2d) and conv.groups > 1:
             kind, g = next(kinds), conv.groups
-            # As plan_convs does: in 16 bits libraries get others wrong.
+            # plan_convs uses only such tiles in 16 bits, where libraries fail at others.
             tall = conv.weight.dtype.itemsize == 2
             found[name] = {
                 "merged": ConvPlan(g // 2, (1, 1), memory_format),
-                "wide": ConvPlan(g, (2, 1) if tall else (1, 2), memory_format),
-                "tiled": ConvPlan(g // 2, (4, 1) if tall else (2, 4), memory_format),
+                "small tile": ConvPlan(g, (2, 1) if tall else (1, 2), memory_format),
+                "large tile": ConvPlan(g // 2, (4, 1) if tall else (2, 4), memory_format),
                 "dense": ConvPlan(1, (1, 1), memory_format),
                 "other format": ConvPlan(g, (1, 1), NCHW),
             }[kind]
     return found
 
 
+NONE = Rewrites(NCHW, fold=False, epilogue=False, fused_calls=False)
+# Each rewrite alone, and all of them together.
 ALONE: dict[str, Callable[[nn.Module], Rewrites]] = {
     "fold": lambda model: NONE._replace(fold=True),
     "epilogue": lambda model: NONE._replace(epilogue=True),
@@ -133,19 +126,23 @@ def rewritten(model: nn.Module, x: Tensor, rewrites: Rewrites) -> nn.Module:
         return apply(model, find_targets(model, (x,)), rewrites)
 
 
-def assert_same(model: nn.Module, made: nn.Module, *inputs: Tensor, rtol: float = 1e-4) -> None:
-    with torch.no_grad():
-        for x in inputs:
-            true, out = model(x), made(x)
-            assert (out - true).abs().max() <= rtol * true.abs().max()
-
-
 def all_on(x: Tensor, model: nn.Module) -> nn.Module:
     return rewritten(model, x, ALONE["all"](model)).requires_grad_(False)
 
 
+def assert_same(model: nn.Module, made: nn.Module, *inputs: Tensor, rtol: float = 1e-4) -> None:
+    """Check that both models give the same output, relative to the largest one."""
+    with torch.no_grad():
+        for x in inputs:
+            expected, out = model(x), made(x)
+            assert (out - expected).abs().max() <= rtol * expected.abs().max()
+
+
+# Models to export, each with an example input.
+
+
 def network() -> tuple[nn.Module, Tensor]:
-    """Five blocks in eval mode; the image's height and width differ."""
+    """Five blocks in eval mode, and an image whose height and width differ."""
     return small(), torch.randn(2, 3, 64, 96)
 
 
@@ -156,14 +153,15 @@ def module() -> tuple[nn.Module, Tensor]:
 
 def channels_last() -> tuple[nn.Module, Tensor]:
     model, x = network()
-    form = torch.channels_last
-    return model.to(memory_format=form), x.contiguous(memory_format=form)
+    return model.to(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST)
 
 
 CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "network": network, "module": module, "channels_last": channels_last,
-}  # fmt: skip
-# Batch, height and width may all be others than at export.
+    "network": network,
+    "module": module,
+    "channels_last": channels_last,
+}
+# Batch size, height and width may differ from those of the example.
 DYNAMIC = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
 
 
@@ -173,13 +171,12 @@ def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
 
 
 def other_inputs(x: Tensor) -> list[Tensor]:
-    """Inputs of other batches and sizes, one image among them.
+    """Return inputs of other batch sizes and image sizes in the memory format of ``x``.
 
-    torch 2.11 exports any network with strides for sizes of one parity alone.
+    Sizes keep their parity, because torch 2.11 exports a strided network for one parity only.
     """
     B, C, H, W = x.shape
     shapes = [(B, C, H, W), (1, C, H, W), (3, C, H + 32, W + 64)]
-    made = [torch.randn(shape) for shape in shapes]
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    form = torch.channels_last if last else torch.contiguous_format
-    return [t.contiguous(memory_format=form) for t in made]
+    last = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
+    memory_format = CHANNELS_LAST if last else NCHW
+    return [torch.randn(shape).contiguous(memory_format=memory_format) for shape in shapes]

@@ -1,9 +1,10 @@
-"""PSA modules as other people build them, and how fuse is to treat each."""
+"""PSA modules as published implementations build them, and what ``fuse`` makes of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from epsanet_fused.fusion.modules import FusedPSAVariant
 
 
 class SE(nn.Module):
-    """The official one: fc1 and fc2 are convolutions with biases."""
+    """The official SE: fc1 and fc2 are 1x1 convolutions with biases."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
@@ -27,8 +28,8 @@ class SE(nn.Module):
         return self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
 
 
-class SEOfTheFork(nn.Module):
-    """Its keys are module.1 and module.3."""
+class NestedSE(nn.Module):
+    """SE of a fork of the official code: its state_dict keys are module.1 and module.3."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class SEOfTheFork(nn.Module):
         return self.module(x)
 
 
-class SEOfLinears(nn.Module):
+class LinearSE(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.fc = nn.Sequential(
@@ -49,7 +50,7 @@ class SEOfLinears(nn.Module):
         return torch.sigmoid(self.fc(x.mean((2, 3))))[..., None, None]
 
 
-class SEOfHardSigmoids(SE):
+class HardSigmoidSE(SE):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.sigmoid = nn.Hardsigmoid()
@@ -65,8 +66,8 @@ def se_block(channels: int, bias: bool, reduction: int = 4) -> nn.Sequential:
     )
 
 
-class Official(nn.Module):
-    """conv_1 to conv_4 and one SE; the last branch comes first."""
+class OfficialPSA(nn.Module):
+    """The official module: conv_1 to conv_4 and one SE; the last branch comes first."""
 
     softmax_dim = 1
 
@@ -78,7 +79,7 @@ class Official(nn.Module):
         stride: int = 1,
         conv_groups: Sequence[int] = (1, 4, 8, 16),
         bias: bool = False,
-        se: type[nn.Module] = SE,
+        se: Callable[[int], nn.Module] = SE,
     ) -> None:
         super().__init__()
         for i, (k, g) in enumerate(zip(conv_kernels, conv_groups, strict=True), 1):
@@ -106,28 +107,28 @@ class Official(nn.Module):
         return out
 
 
-class SoftmaxOverChannels(Official):
-    """Another module altogether, whose state_dict is the official one's."""
+class SoftmaxOverChannels(OfficialPSA):
+    """The official layers, but the softmax runs over channels instead of branches."""
 
     softmax_dim = 2
 
 
-class InOrder(Official):
-    """The official parts, concatenated in their order."""
+class NaturalOrder(OfficialPSA):
+    """The official layers, but the first branch comes first."""
 
     def concatenate(self, weighted: Tensor) -> Tensor:
         return weighted.flatten(1, 2)
 
 
-class InYOLO(Official):
-    """Whatever it is given for kernels and groups, it has its own."""
+class YOLOPSA(OfficialPSA):
+    """A module for YOLO, which ignores the kernels and groups that it is given."""
 
     def __init__(self, c1: int, c2: int, conv_kernels=(1, 1, 1, 1), conv_groups=(1, 1, 1, 1)):
         super().__init__(c1, c2, (3, 5, 7, 9), 1, (1, 2, 4, 8))
 
 
 class ConvModule(nn.Module):
-    """A convolution with its norm and activation, as OpenMMLab's."""
+    """A convolution with norm and activation, like OpenMMLab's."""
 
     def __init__(self, c_in: int, c_out: int, k: int, groups: int, norm: bool) -> None:
         super().__init__()
@@ -143,8 +144,8 @@ class ConvModule(nn.Module):
         return self.activate(x)
 
 
-class InMM(Official):
-    """A ReLU inside each branch."""
+class OpenMMLabPSA(OfficialPSA):
+    """The official module with a ConvModule for each branch."""
 
     def __init__(self, inplanes: int, planes: int, norm: bool = False) -> None:
         super().__init__(inplanes, planes)
@@ -152,15 +153,15 @@ class InMM(Official):
             setattr(self, f"conv_{i}", ConvModule(inplanes, planes // 4, k, g, norm))
 
 
-class WithReLUs(Official):
-    """The same by a function, which no list of the module's parts shows."""
+class FunctionalReLUs(OfficialPSA):
+    """A ReLU follows each branch, as a function and not as a submodule."""
 
     def convolve(self, x: Tensor) -> list[Tensor]:
         return [F.relu(branch) for branch in super().convolve(x)]
 
 
-class Listed(nn.Module):
-    """Any number of branches in a ModuleList, with one SE, or with one for each."""
+class ListPSA(nn.Module):
+    """Any number of branches in a ModuleList, with one SE for all or one for each."""
 
     def __init__(
         self, c_in: int, width: int, kernels: Sequence[int], own_se: bool, last_first: bool = True
@@ -170,20 +171,20 @@ class Listed(nn.Module):
             nn.Conv2d(c_in, width, k, padding=k // 2) for k in kernels
         )
         self.own_se, self.last_first = own_se, last_first
-        self.se = nn.ModuleList(SE(width) for _ in kernels) if own_se else SEOfLinears(width)
+        self.se = nn.ModuleList(SE(width) for _ in kernels) if own_se else LinearSE(width)
 
     def forward(self, x: Tensor) -> Tensor:
         branches = [conv(x) for conv in self.conv_branches]
         ses = self.se if self.own_se else [self.se] * len(branches)
-        gates = torch.stack([se(b) for se, b in zip(ses, branches, strict=True)], 1).softmax(1)
-        parts = [b * g for b, g in zip(branches, gates.unbind(1), strict=True)]
-        return torch.cat(parts[::-1] if self.last_first else parts, 1)
+        attention = torch.stack([se(b) for se, b in zip(ses, branches, strict=True)], 1).softmax(1)
+        scaled = [b * a for b, a in zip(branches, attention.unbind(1), strict=True)]
+        return torch.cat(scaled[::-1] if self.last_first else scaled, 1)
 
 
 class ExternalAttention(nn.Module):
-    """External-Attention's PSA: a share of the channels for each branch, with an SE of its own.
+    """PSA of the External-Attention repository: a share of the channels and an SE per branch.
 
-    It writes the branches over its input, and so can't be trained.
+    It overwrites its input with the branches, so that it can't be trained.
     """
 
     overwrites = True
@@ -207,24 +208,24 @@ class ExternalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         shares = x.view(B, self.S, C // self.S, H, W)
-        made = [conv(shares[:, i]) for i, conv in enumerate(self.convs)]
+        branches = [conv(shares[:, i]) for i, conv in enumerate(self.convs)]
         if self.overwrites:
-            for i, branch in enumerate(made):
+            for i, branch in enumerate(branches):
                 shares[:, i] = branch
         else:
-            shares = torch.stack(made, 1)
+            shares = torch.stack(branches, 1)
         weights = self.softmax(torch.stack(self.gates(shares), 1))
         return (shares * weights).view(B, C, H, W)
 
 
-class ExternalAttentionMended(ExternalAttention):
-    """As people mend it in order to train."""
+class OutOfPlaceExternalAttention(ExternalAttention):
+    """The usual correction, which can be trained."""
 
     overwrites = False
 
 
-class InBiRefNet(ExternalAttentionMended):
-    """One SE for all shares."""
+class BiRefNetPSA(OutOfPlaceExternalAttention):
+    """One SE for all branches."""
 
     def make_ses(self, width: int, reduction: int) -> nn.Module:
         return se_block(width, False, reduction)
@@ -233,16 +234,17 @@ class InBiRefNet(ExternalAttentionMended):
         return [self.se_blocks(shares[:, i]) for i in range(self.S)]
 
 
-class YOLOv10PSA(nn.Module):
-    """Partial self-attention: it shares but its name with this package's."""
+class PartialSelfAttention(nn.Module):
+    """YOLOv10's module called PSA, partial self-attention: it is something else."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.cv1 = nn.Conv2d(channels, channels, 1)
         self.cv2 = nn.Conv2d(channels, channels, 1)
         self.qkv = nn.Conv2d(channels // 2, 3 * channels // 2, 1)
-        self.ffn = nn.Sequential(nn.Conv2d(channels // 2, channels, 1), nn.SiLU(),
-                                 nn.Conv2d(channels, channels // 2, 1))  # fmt: skip
+        self.ffn = nn.Sequential(
+            nn.Conv2d(channels // 2, channels, 1), nn.SiLU(), nn.Conv2d(channels, channels // 2, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.cv1(x).chunk(2, 1)
@@ -251,40 +253,40 @@ class YOLOv10PSA(nn.Module):
         return self.cv2(torch.cat((a, b + self.ffn(b)), 1))
 
 
-# For each variant: how to build it, the channels of its input, the order, what it becomes.
+# For each variant: how to build it, its input channels, its order, the class that replaces it.
 REVERSED, NATURAL = "reversed", "natural"
 FUSED, VARIANT = ef.FusedPSAModule, FusedPSAVariant
 VARIANTS = {
-    "official": (lambda: Official(64, 64), 64, REVERSED, FUSED),
-    "stride 2": (lambda: Official(64, 128, stride=2), 64, REVERSED, FUSED),
+    "official": (lambda: OfficialPSA(64, 64), 64, REVERSED, FUSED),
+    "stride 2": (lambda: OfficialPSA(64, 128, stride=2), 64, REVERSED, FUSED),
     "ours, plain": (lambda: ef.PSAModule(64, 64), 64, REVERSED, FUSED),
     "a fork's SE": (
-        lambda: Official(64, 64, se=SEOfTheFork), 64, REVERSED, VARIANT,
+        lambda: OfficialPSA(64, 64, se=NestedSE), 64, REVERSED, VARIANT,
     ),
-    "in YOLO": (lambda: InYOLO(32, 32), 32, REVERSED, FUSED),
+    "in YOLO": (lambda: YOLOPSA(32, 32), 32, REVERSED, FUSED),
     "biased": (
-        lambda: Official(32, 64, (1, 3, 5, 7), 1, (2, 4, 8, 16), bias=True),
+        lambda: OfficialPSA(32, 64, (1, 3, 5, 7), 1, (2, 4, 8, 16), bias=True),
         32, REVERSED, FUSED,
     ),
     "2048 to 64": (
-        lambda: Official(2048, 64, conv_groups=(1, 2, 2, 2)), 2048, REVERSED, FUSED,
+        lambda: OfficialPSA(2048, 64, conv_groups=(1, 2, 2, 2)), 2048, REVERSED, FUSED,
     ),
-    "in order": (lambda: InOrder(64, 64), 64, NATURAL, VARIANT),
-    "ReLU modules": (lambda: InMM(64, 64), 64, REVERSED, VARIANT),
-    "norms and ReLUs": (lambda: InMM(64, 64, norm=True), 64, REVERSED, VARIANT),
-    "ReLU functions": (lambda: WithReLUs(64, 64), 64, REVERSED, VARIANT),
+    "in order": (lambda: NaturalOrder(64, 64), 64, NATURAL, VARIANT),
+    "ReLU modules": (lambda: OpenMMLabPSA(64, 64), 64, REVERSED, VARIANT),
+    "norms and ReLUs": (lambda: OpenMMLabPSA(64, 64, norm=True), 64, REVERSED, VARIANT),
+    "ReLU functions": (lambda: FunctionalReLUs(64, 64), 64, REVERSED, VARIANT),
     "External-Attention": (lambda: ExternalAttention(64), 64, NATURAL, VARIANT),
-    "External-Attention, mended": (
-        lambda: ExternalAttentionMended(96, 2, S=3), 96, NATURAL, VARIANT,
+    "External-Attention, corrected": (
+        lambda: OutOfPlaceExternalAttention(96, 2, S=3), 96, NATURAL, VARIANT,
     ),
-    "BiRefNet": (lambda: InBiRefNet(64), 64, NATURAL, VARIANT),
-    "two branches": (lambda: Listed(6, 8, (3, 7), own_se=True), 6, REVERSED, VARIANT),
-    "linears": (lambda: Listed(6, 8, (1, 3, 5), own_se=False), 6, REVERSED, VARIANT),
+    "BiRefNet": (lambda: BiRefNetPSA(64), 64, NATURAL, VARIANT),
+    "two branches": (lambda: ListPSA(6, 8, (3, 7), own_se=True), 6, REVERSED, VARIANT),
+    "linears": (lambda: ListPSA(6, 8, (1, 3, 5), own_se=False), 6, REVERSED, VARIANT),
 }  # fmt: skip
 
 
 class Holder(nn.Module):
-    """Somebody's model, with a PSA module inside."""
+    """A model with a PSA module inside."""
 
     def __init__(self, psa: nn.Module) -> None:
         super().__init__()
@@ -295,5 +297,39 @@ class Holder(nn.Module):
 
 
 def holder(name: str) -> tuple[Holder, Tensor, str, type[nn.Module]]:
+    """A model with this variant, its input, its order and the class that replaces it."""
     make, channels, order, kind = VARIANTS[name]
     return Holder(make()), torch.randn(2, channels, 9, 6), order, kind
+
+
+def official_with(se: Callable[[int], nn.Module] = SE, **changes: nn.Module) -> OfficialPSA:
+    """An official module with other submodules; ``se__relu`` stands for ``se.relu``."""
+    psa = OfficialPSA(64, 64, se=se)
+    for name, part in changes.items():
+        psa.set_submodule(name.replace("__", "."), part)
+    return psa
+
+
+def official_with_forward(forward: Callable[[nn.Module, Tensor], Tensor]) -> OfficialPSA:
+    """An official module with another forward, which can call the official ``psa.inner``."""
+
+    class OtherForward(OfficialPSA):
+        def inner(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    return OtherForward(64, 64)
+
+
+def assert_skipped(psa: nn.Module, reason: str) -> None:
+    """Check that ``fuse`` warns of this module, gives the reason, and fuses the other one."""
+    model = nn.Sequential(OfficialPSA(64, 64), psa)
+    with pytest.warns(UserWarning, match="fuse: ") as caught:
+        ef.fuse(model)
+    [message] = [str(w.message) for w in caught if "fuse: " in str(w.message)]
+    assert message.startswith(f"fuse: 1 ({type(psa).__name__}) is skipped: ")
+    assert reason in message
+    assert model[1] is psa
+    assert type(model[0]) is ef.FusedPSAModule
