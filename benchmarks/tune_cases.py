@@ -15,7 +15,9 @@ from aot_compile import record_launches
 from inputs import MEMORY_FORMATS, SEED, STAGES
 from torch import Tensor
 
-from epsanet_fused.backends.triton import config, launch, launch_norm, psa_tail
+from epsanet_fused.backends.interface import NormParams, NormStats, SEWeights
+from epsanet_fused.backends.triton import common, config, launch, launch_norm
+from epsanet_fused.backends.triton.common import FCGradInputs, NormTerms, SETensors
 from epsanet_fused.utils.memory_format import accumulator_dtype
 
 BRANCHES = 4
@@ -27,11 +29,11 @@ SUM_FACTORS = (  # (tile, pixels, warps)
     (1, 0.5, 1), (1, 2, 1), (1, 1, 0.5),
 )  # fmt: skip
 WRITE_FACTORS = ((2, 1), (2, 2), (1, 0.5), (4, 2), (0.5, 0.5), (4, 4), (1, 2))  # (tile, warps)
-FOLD_BYTES = (0, 64 * 1024, 256 * 1024, 512 * 1024)
-PROGRAMS = (1024, 2048, 256)
-LARGE = (1 << 20, 1 << 22)
+FUSED_GATE_BYTES = (0, 64 * 1024, 256 * 1024, 512 * 1024)
+SPLIT_PROGRAMS = (1024, 2048, 256)
+LARGE_BRANCH = (1 << 20, 1 << 22)
 MAX_WARPS = 32
-Config = tuple[object, ...]  # how a launch is cut into programs: equal ones are the same launch
+Config = tuple[object, ...]  # block sizes and division of work: equal ones are the same launch
 
 
 class Case(NamedTuple):
@@ -58,7 +60,7 @@ class Case(NamedTuple):
         return self.memory_format == "channels_last"
 
     @property
-    def may_fold(self) -> bool:
+    def may_fuse_gate(self) -> bool:
         """Whether the sums may be in one launch with the gate."""
         return self.kind != "gradient_sums"
 
@@ -99,63 +101,68 @@ class Tensors:
         generator = torch.Generator(device).manual_seed(SEED)
         R = max(1, C // REDUCTION)
         self.branches = [image(C) for _ in range(S)]
-        self.cat = image(S * C)
-        self.grads = [torch.empty_like(x) for x in self.branches]
+        self.concat = image(S * C)
+        self.grad_branches = [torch.empty_like(x) for x in self.branches]
         # Divided by the fan-in: otherwise the gate's sigmoid is 1 and its gradient 0.
-        self.fc = [numbers(*s).div_(s[-1]) for s in ((R, C), (R,), (C, R), (C,))]
-        self.squeeze, self.deviation, self.attention = (numbers(B, S, C) for _ in range(3))
-        self.weight, self.shift, self.factor, self.spread = (numbers(B, S, C) for _ in range(4))
-        self.for_fc = [numbers(B, S, R), numbers(B, S, R), numbers(B, S, C)]
-        self.norm = launch_norm.Norm(*(numbers(S * C) for _ in range(4)), eps=1e-5)
-        self.problem = launch.problem(self.branches, self.cat)
+        fc = SEWeights(*(numbers(*s).div_(s[-1]) for s in ((R, C), (R,), (C, R), (C,))))
+        samples = (numbers(B, S, C) for _ in range(3))  # squeeze, m2, attention
+        self.stats = NormStats(*samples, mean=numbers(S * C), var=numbers(S * C))
+        self.norm = NormParams(numbers(S * C), numbers(S * C), eps=1e-5)
+        weight, shift, factor, grad_mean = (numbers(B, S, C) for _ in range(4))
+        squeeze, attention = self.stats.squeeze, self.stats.attention
+        self.terms = NormTerms(squeeze, weight, shift)
+        self.grad_terms = NormTerms(squeeze, weight, shift, factor, grad_mean)
+        fc_grad_inputs = FCGradInputs(numbers(B, S, R), numbers(B, S, R), numbers(B, S, C))
+        self.se = SETensors(squeeze, attention, fc, grad_mean, fc_grad_inputs)
+        self.args = launch.tail_args(self.branches, self.concat)
 
 
 def sum_forward(t: Tensors) -> Sequence[Tensor]:
     """Launch the sums and the gate of the forward."""
-    launch.sum_and_gate(t.problem, False, t.squeeze, t.attention, t.fc)
-    return t.squeeze, t.attention
+    launch.sum_and_gate(t.args, t.se.squeeze, t.se.attention, t.se.fc)
+    return t.se.squeeze, t.se.attention
 
 
 def sum_backward(t: Tensors) -> Sequence[Tensor]:
     """Launch the sums and the gate of the backward."""
-    launch.sum_and_gate(t.problem, True, t.squeeze, t.attention, t.fc, t.spread, t.for_fc)
-    return t.spread, *t.for_fc
+    launch.sum_and_gate_backward(t.args, t.se)
+    return t.se.grad_mean, *t.se.fc_grad_inputs
 
 
-def deviations(t: Tensors) -> Sequence[Tensor]:
-    """Launch the sums of squared differences and the gate of psa_tail_norm."""
-    launch_norm.deviations_and_gate(t.problem, t.squeeze, t.deviation, t.attention, t.fc)
-    return t.squeeze, t.deviation, t.attention
+def m2_forward(t: Tensors) -> Sequence[Tensor]:
+    """Launch the sums, the m2 and the gate of psa_tail_norm."""
+    launch_norm.m2_and_gate(t.args, t.stats, t.se.fc)
+    return t.stats.squeeze, t.stats.m2, t.stats.attention
 
 
 def gradient_sums(t: Tensors) -> Sequence[Tensor]:
     """Launch the sums of the gradients of psa_tail_norm."""
-    return launch_norm.gradient_sums(t.problem, t.squeeze, t.attention, t.norm)
+    return launch_norm.gradient_sums(t.args, t.stats, t.norm)
 
 
 def recalibrate(t: Tensors) -> Sequence[Tensor]:
     """Launch the recalibration of the forward."""
-    launch.recalibrate(t.problem, t.attention)
-    return (t.cat,)
+    launch.recalibrate(t.args, t.se.attention)
+    return (t.concat,)
 
 
 def recalibrate_backward(t: Tensors) -> Sequence[Tensor]:
     """Launch the recalibration of the backward."""
-    launch.recalibrate(launch.problem(t.grads, t.cat), t.attention, t.spread)
-    return t.grads
+    launch.recalibrate_backward(launch.tail_args(t.grad_branches, t.concat), t.se)
+    return t.grad_branches
 
 
 def normalize(t: Tensors) -> Sequence[Tensor]:
     """Launch the normalization of psa_tail_norm."""
-    launch_norm.normalize(t.problem, t.squeeze, t.weight, t.shift)
-    return (t.cat,)
+    launch_norm.normalize_branches(t.args, t.terms)
+    return (t.concat,)
 
 
 def normalize_backward(t: Tensors) -> Sequence[Tensor]:
     """Launch the backward of that normalization."""
-    problem = launch.problem(t.branches, t.cat, t.grads)
-    launch_norm.normalize(problem, t.squeeze, t.weight, t.shift, t.factor, t.spread)
-    return t.grads
+    args = launch.tail_args(t.branches, t.concat, t.grad_branches)
+    launch_norm.normalize_branches(args, t.grad_terms)
+    return t.grad_branches
 
 
 KINDS: dict[str, Callable[[Tensors], Sequence[Tensor]]] = {
@@ -163,13 +170,13 @@ KINDS: dict[str, Callable[[Tensors], Sequence[Tensor]]] = {
     "recalibrate": recalibrate,
     "sum_backward": sum_backward,
     "recalibrate_backward": recalibrate_backward,
-    "deviations": deviations,
+    "m2": m2_forward,
     "normalize": normalize,
     "gradient_sums": gradient_sums,
     "normalize_backward": normalize_backward,
 }
 INFERENCE = ("sum", "recalibrate")
-SUMS = ("sum", "sum_backward", "deviations", "gradient_sums")
+SUMS = ("sum", "sum_backward", "m2", "gradient_sums")
 
 
 def plan(
@@ -208,7 +215,7 @@ def applied(override: Override) -> AbstractContextManager[object]:
         return nullcontext()
     if override.row is None:
         return mock.patch.object(config, override.table, override.value)
-    row = "interpreted" if psa_tail.INTERPRETED else override.row
+    row = "interpreted" if common.INTERPRETED else override.row
     return mock.patch.dict(getattr(config, override.table), {row: override.value})
 
 
@@ -238,14 +245,14 @@ def _config(case: Case) -> Config:
             *case.sizes,
             case.itemsize,
             case.channels_last,
-            case.kind != "sum",
-            psa_tail.INTERPRETED,
-            case.may_fold,
+            products=case.kind != "sum",
+            interpreted=common.INTERPRETED,
+            may_fuse_gate=case.may_fuse_gate,
         )
     normalizes = case.kind.startswith("normalize")
     make = config.normalize_config if normalizes else config.recalibrate_config
     _, _, C, HW = case.sizes
-    found = make(C, HW, case.channels_last, psa_tail.INTERPRETED)
+    found = make(C, HW, case.channels_last, common.INTERPRETED)
     # For NCHW a sample is one flat run, and only the block and the warps matter.
     return found if case.channels_last else (found.block, found.warps)
 
@@ -256,13 +263,13 @@ def overrides(case: Case) -> list[Override]:
         if case.kind.startswith("normalize"):
             return _write_overrides("NORMALIZE", case.memory_format)
         return _write_overrides("RECALIBRATE", "compiled")
-    row = config.sum_row(*case.sizes, case.itemsize, case.may_fold)
+    row = config.sum_tile_name(*case.sizes, case.itemsize, case.may_fuse_gate)
     found = _sum_overrides(row, "tile" if case.kind == "sum" else "product_tile")
-    if row != "fold":
-        found += _number_overrides("PROGRAMS", PROGRAMS)
-        found += _number_overrides("LARGE", LARGE)
-    if case.may_fold:
-        found += _number_overrides("FOLD_BYTES", FOLD_BYTES)
+    if row != "fused_gate":
+        found += _number_overrides("SPLIT_PROGRAMS", SPLIT_PROGRAMS)
+        found += _number_overrides("LARGE_BRANCH", LARGE_BRANCH)
+    if case.may_fuse_gate:
+        found += _number_overrides("FUSED_GATE_BYTES", FUSED_GATE_BYTES)
     return found
 
 

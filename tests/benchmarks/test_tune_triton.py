@@ -43,7 +43,7 @@ def test_every_launch_is_timed_beside_the_present_table(run_tune, capsys):
         assert float(row["difference"]) <= 2e-3
         assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
         assert row["setting"] != "present" or float(row["ratio"]) == 1
-    settings = {"present", "SUM fold", "FOLD_BYTES", "RECALIBRATE compiled"}
+    settings = {"present", "SUM fused_gate", "FUSED_GATE_BYTES", "RECALIBRATE compiled"}
     assert {row["setting"].split(":")[0] for row in rows} == settings
     assert before == (config.SUM, config.RECALIBRATE, config.NORMALIZE)
     printed = capsys.readouterr().out
@@ -53,10 +53,10 @@ def test_every_launch_is_timed_beside_the_present_table(run_tune, capsys):
 
 def test_wrong_result_is_reported_and_not_timed(run_tune, monkeypatch):
     def wrong_unless_present(t):
-        tune_cases.launch.recalibrate(t.problem, t.attention)
+        tune_cases.launch.recalibrate(t.args, t.se.attention)
         if config.RECALIBRATE["interpreted"] != before:
-            t.cat[0, 0, 0, 0] = 7
-        return (t.cat,)
+            t.concat[0, 0, 0, 0] = 7
+        return (t.concat,)
 
     before = config.RECALIBRATE["interpreted"]
     monkeypatch.setitem(tune_cases.KINDS, "recalibrate", wrong_unless_present)
@@ -94,8 +94,8 @@ def test_every_launch_writes_all_tensors_that_it_returns(monkeypatch):
 
 
 def test_overrides_change_the_entry_that_the_case_uses(monkeypatch):
-    monkeypatch.setattr(tune_cases.psa_tail, "INTERPRETED", False)
-    rows = {("S1", 128): "large", ("S1", 32): "small", ("S4", 128): "fold"}
+    monkeypatch.setattr(tune_cases.common, "INTERPRETED", False)
+    rows = {("S1", 128): "large", ("S1", 32): "small", ("S4", 128): "fused_gate"}
     points = itertools.product(tune_cases.KINDS, rows.items(), inputs.MEMORY_FORMATS)
     for kind, ((stage, batch), row), memory_format in points:
         case = tune_cases.Case(kind, stage, batch, "float16", memory_format)
@@ -107,24 +107,24 @@ def test_overrides_change_the_entry_that_the_case_uses(monkeypatch):
             assert override.present != override.name
 
 
-def test_fold_bytes_moves_the_sums_from_one_launch_to_two(monkeypatch):
-    monkeypatch.setattr(tune_cases.psa_tail, "INTERPRETED", False)
+def test_fused_gate_bytes_moves_the_sums_from_one_launch_to_two(monkeypatch):
+    monkeypatch.setattr(tune_cases.common, "INTERPRETED", False)
     tried = tune_cases.trials(tune_cases.Case("sum", "S4", 1, "float16", "nchw"), 99)
-    folds = {o.name: cfg.fold_gate for o, cfg in tried if o.table in ("", "FOLD_BYTES")}
-    assert folds == {"": True, "0": False, "65536": True, "262144": True, "524288": True}
+    fused = {o.name: cfg.fused_gate for o, cfg in tried if o.table in ("", "FUSED_GATE_BYTES")}
+    assert fused == {"": True, "0": False, "65536": True, "262144": True, "524288": True}
 
 
 def test_summary_names_the_best_mean_and_its_worst_case():
     def row(candidate: str, stage: str, ratio: float | str, tie: bool = False):
         case = {"kind": "sum", "stage": stage, "batch": 1, "layout": "nchw"}
-        entry = {"setting": "PROGRAMS", "present": "512", "candidate": candidate}
+        entry = {"setting": "SPLIT_PROGRAMS", "present": "512", "candidate": candidate}
         return case | entry | {"ratio": ratio, "tie": tie}
 
     rows = [row("1024", "S1", 0.5), row("1024", "S2", 1.25), row("1024", "S3", 0.99, tie=True)]
     rows += [row("2048", stage, 0.9) for stage in ("S1", "S2", "S3")]
     rows += [row("256", "S1", 0.1), row("256", "S2", ""), row("256", "S3", 0.1)]
     lines = tune_triton.summary(rows).splitlines()
-    assert " ".join(lines[2].split()) == "PROGRAMS 512 1024 3 0.852 1.250 sum S2 1 nchw 1 1"
+    assert " ".join(lines[2].split()) == "SPLIT_PROGRAMS 512 1024 3 0.852 1.250 sum S2 1 nchw 1 1"
     for slower_or_tied in (row("1024", "S1", 1.5), row("1024", "S1", 0.99, tie=True)):
         (line,) = tune_triton.summary([slower_or_tied]).splitlines()[2:]
-        assert line.split() == ["PROGRAMS", "512", "the", "present"]
+        assert line.split() == ["SPLIT_PROGRAMS", "512", "the", "present"]

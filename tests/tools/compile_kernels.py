@@ -1,8 +1,10 @@
-"""Compile every Triton kernel for one target, without a card, and print what the compiler made.
+"""Compile every Triton kernel for one target, without a GPU, and print the resources it needs.
 
-Run as a process of its own, without TRITON_INTERPRET: ``compile_kernels.py cuda:90``. The real
-launch code runs on CPU tensors; only the driver is a stand-in, and each launch stops after the
-compiler. One JSON line per kernel, problem and dtype.
+    python tests/tools/compile_kernels.py cuda:90
+
+This must be a process of its own, without TRITON_INTERPRET. The real launch code runs on CPU
+tensors; only the driver is a fake, and each launch stops after the compiler. Each launch prints one
+JSON line.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from epsanet_fused.utils.memory_format import empty_output
 
 STAGES = {"S1": (16, 56), "S2": (32, 28), "S3": (64, 14), "S4": (128, 7)}  # C of a branch, H = W
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# A batch for each row of the table.
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# A batch for each tile of config.SUM.
 BATCHES = {"small": 1, "large": 512}
-# Of psa_tail_norm, as compiling takes its time: together all of its kernels, once where a row of
-# pixels is odd and once where channels are inner.
+# The cases of psa_tail_norm are few, because compiling is slow. They have all of its kernels: one
+# with an odd number of pixels, one with channels as the inner extent.
 NORM_CASES = [("S4", "fp16", "nchw", "large"), ("S1", "bf16", "channels_last", "small")]
 
 
@@ -41,13 +43,19 @@ def main(name: str) -> None:
     kind, arch = name.split(":")
     target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
     triton.runtime.driver.set_active(FakeDriver(target))
-    cases = [(run_tail, *case) for case in itertools.product(STAGES, DTYPES, LAYOUTS, BATCHES)]
-    for run, stage, dtype, layout, batch in cases + [(run_norm, *case) for case in NORM_CASES]:
+    cases = [
+        (run_tail, *case) for case in itertools.product(STAGES, DTYPES, MEMORY_FORMATS, BATCHES)
+    ]
+    for run, stage, dtype, memory_format, batch in cases + [
+        (run_norm, *case) for case in NORM_CASES
+    ]:
         with record_launches(compile_only=True) as compiled:
-            run(*inputs(STAGES[stage], DTYPES[dtype], LAYOUTS[layout], BATCHES[batch]))
+            run(
+                *inputs(STAGES[stage], DTYPES[dtype], MEMORY_FORMATS[memory_format], BATCHES[batch])
+            )
         for kernel, result in compiled:
-            line = {"kernel": kernel, "stage": stage, "dtype": dtype, "layout": layout}
-            line |= {"batch": batch, "shared": result.metadata.shared}
+            line = {"kernel": kernel, "stage": stage, "dtype": dtype, "batch": batch}
+            line |= {"memory_format": memory_format, "shared": result.metadata.shared}
             if kind == "cuda":
                 line |= machine_code(result.asm["cubin"])
             else:
@@ -56,13 +64,13 @@ def main(name: str) -> None:
 
 
 def inputs(
-    stage: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format, batch: int
+    stage: tuple[int, int], dtype: torch.dtype, memory_format: torch.memory_format, batch: int
 ) -> tuple[list[Tensor], SEWeights]:
-    """The branches and the fc tensors."""
+    """Return the branches and the fc tensors."""
     C, H = stage
-    # Never filled and never read: on most systems such pages cost nothing.
+    # The tensors are neither written nor read, so most systems give them no memory.
     shape = (batch, C, H, H)
-    branches = [torch.empty(shape, dtype=dtype, memory_format=layout) for _ in range(4)]
+    branches = [torch.empty(shape, dtype=dtype, memory_format=memory_format) for _ in range(4)]
     R = C // 16
     return branches, SEWeights(*(torch.empty(s) for s in ((R, C), (R,), (C, R), (C,))))
 
@@ -70,22 +78,25 @@ def inputs(
 def run_tail(branches: list[Tensor], fc: SEWeights) -> None:
     out, squeeze, attention = forward(branches, fc, None, None, False)
     grad = torch.empty_like(out)
-    backward(grad, branches, squeeze, attention, fc, True, True)
+    backward(grad, branches, squeeze, attention, fc, branch_grads=True, fc_grads=True)
     scale, shift = torch.empty(2, out.shape[1])
-    problem = launch.problem(branches, empty_output(branches))
-    launch.recalibrate(problem, attention, None, scale, shift, True)
+    args = launch.tail_args(branches, empty_output(branches))
+    launch.recalibrate(args, attention, scale, shift, relu=True)
 
 
 def run_norm(branches: list[Tensor], fc: SEWeights) -> None:
     gamma, beta = torch.empty(2, len(branches) * branches[0].shape[1])
     norm = NormParams(gamma, beta, 1e-5)
     out, stats = norm_forward(branches, fc, norm)
-    norm_backward(torch.empty_like(out), branches, stats, fc, norm, True, True, True)
+    grad = torch.empty_like(out)
+    norm_backward(
+        grad, branches, stats, fc, norm, branch_grads=True, fc_grads=True, norm_grads=True
+    )
 
 
 @functools.cache
 def machine_code(cubin: bytes) -> dict[str, object]:
-    """Registers, stack and the widths (in bits) of the accesses to global memory."""
+    """Return registers, stack and the widths (in bits) of the accesses to global memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
@@ -106,7 +117,7 @@ def machine_code(cubin: bytes) -> dict[str, object]:
 
 
 def widths(instructions: list[str], opcode: str) -> dict[int, int]:
-    """How often each width occurs: LDG.E is 32 bits, LDG.E.128 and LDG.E.U16 say their own."""
+    """Count the accesses by their width: LDG.E is 32 bits, LDG.E.128 and LDG.E.U16 name theirs."""
     found = Counter()
     for name in instructions:
         if name.split(".")[0] == opcode:
@@ -117,7 +128,7 @@ def widths(instructions: list[str], opcode: str) -> dict[int, int]:
 
 @functools.cache
 def amd_resources(assembly: str) -> dict[str, object]:
-    """Registers and stack, from the metadata that the compiler writes into the assembly."""
+    """Return registers and stack, which the compiler writes into the assembly."""
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))

@@ -1,23 +1,118 @@
-"""What the Triton kernels are made of: where a tile or a run lies, and one sample's gate.
+"""The coordinates, offsets and loads that all Triton kernels share, and the names in them.
 
-Words: the *parts* are the S tensors (B, C, H, W), the branches or their gradients; the *cat* is
-the one tensor (B, S * C, H, W) that holds them in reverse, the output or its gradient. H and W are
-one flat pixel index p of HW values. Strides are (batch, channel, pixel), in elements.
+Tensors:
+
+- ``branches``: the S outputs (B, C, H, W) of the convolutions, or their gradients.
+- ``concat``: (B, S * C, H, W), the branches in reverse order: the output, or its gradient.
+- ``squeeze`` (B, S, C), values ``m``: the mean of each channel of each branch over its pixels.
+- ``attention`` (B, S, C), values ``a``: what each channel of each branch is multiplied by.
+- ``m2`` (B, S, C): the sum over the pixels of (x - squeeze)^2.
+- ``grad_mean`` (B, S, C): the term of a branch's gradient that all pixels of a channel share. It
+  comes back through the means over the pixels.
+
+Indices: b is a sample, s a branch, c a channel of a branch, k = (S - 1 - s) * C + c the same
+channel of the concat, r a hidden unit of the SE module, and p a pixel: H and W are one dimension of
+HW pixels. Strides are (batch, channel, pixel), in elements.
+
+Tiling: a program loads tiles of BLOCK_C channels and BLOCK_P pixels. Kernels that sum over pixels
+take ``tiles`` of them one after another and may divide a channel's pixels into ``splits``, one
+program each. Where every sample is one run of memory, a program takes BLOCK elements of it instead.
 
 DIV is a power of two that divides the inner extent (pixels for NCHW, channels for channels_last)
-and all strides but the inner one. Those arguments come divided by it: multiplied here by a
-constant, they tell the compiler how wide it may load (196 pixels: four at a time).
+and all strides but the inner one. The launch code divides those arguments by DIV, and the kernels
+multiply them by it: so the compiler knows the alignment and can use wide loads.
+
+ACC is the dtype of all sums and of the (B, S, C) tensors: float64 for float64, else float32.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from epsanet_fused.backends.interface import SEWeights
+
+# Triton reads TRITON_INTERPRET when a kernel is decorated, that is on import.
+INTERPRETED = knobs.runtime.interpret
+Strides = tuple[int, int, int]  # batch, channel, pixel
+
+
+class TailTensors(NamedTuple):
+    """The large tensors that a kernel reads or writes, with their strides divided by DIV."""
+
+    branches: tuple[Tensor, ...]
+    branch_strides: tuple[Strides, ...]
+    concat: Tensor | None = None
+    concat_strides: Strides | None = None
+
+
+class FCGradInputs(NamedTuple):
+    """The factors of the fc gradients: the gate's backward writes and fc_grad_kernel reads them."""
+
+    hidden: Tensor  # (B, S, R), after the ReLU
+    grad_pre1: Tensor  # (B, S, R), the gradient of fc1's output
+    grad_pre2: Tensor  # (B, S, C), the gradient of fc2's output
+
+
+class SETensors(NamedTuple):
+    """The tensors of the gate; the last two are the results of its backward."""
+
+    squeeze: Tensor
+    attention: Tensor
+    fc: SEWeights
+    grad_mean: Tensor | None = None  # None: forward
+    fc_grad_inputs: FCGradInputs | None = None  # None: not wanted
+
+
+class SplitStats(NamedTuple):
+    """The statistics of each split's pixels that m2_kernel writes and norm_gate_kernel reads."""
+
+    first_pixel: Tensor  # (B, S, C), of the sample, or 0 where that isn't finite
+    sums: Tensor  # (B, splits, S, C), of x - first_pixel
+    m2: Tensor  # (B, splits, S, C), around the split's own mean
+
+
+class SampleStats(NamedTuple):
+    """NormStats of psa_tail_norm, with None for those that a kernel doesn't take."""
+
+    squeeze: Tensor
+    m2: Tensor | None
+    attention: Tensor
+    mean: Tensor | None = None
+    var: Tensor | None = None
+
+
+class NormGradTerms(NamedTuple):
+    """The results of gradient_statistics_kernel for each sample, all (B, S, C)."""
+
+    grad_attention: Tensor
+    weight: Tensor
+    shift: Tensor
+    factor: Tensor
+    batch_grad_mean: Tensor  # grad_mean without the part that comes back through the squeeze
+
+
+class NormTerms(NamedTuple):
+    """The terms of the normalized output and of the branches' gradients, all (B, S, C).
+
+    z = weight * (branch - squeeze) + shift is the output before the ReLU. With g the gradient
+    behind the ReLU, that of the branch is weight * g + factor * (branch - squeeze) + grad_mean.
+    """
+
+    squeeze: Tensor
+    weight: Tensor
+    shift: Tensor
+    factor: Tensor | None = None  # None: forward
+    grad_mean: Tensor | None = None  # None: forward
 
 
 @triton.jit
 def extents(C, HW, DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """C and HW, the inner one multiplied by DIV."""
+    """Return C and HW, the inner one multiplied by DIV."""
     if CHANNELS_LAST:
         return C * DIV, HW
     else:
@@ -25,8 +120,8 @@ def extents(C, HW, DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def sums_place(C, splits, BLOCK_C: tl.constexpr):
-    """Of a program of the grid B * splits * cdiv(C, BLOCK_C): its b, split and first channel."""
+def split_coords(C, splits, BLOCK_C: tl.constexpr):
+    """Return this program's b, split and first channel. Grid: B * splits * cdiv(C, BLOCK_C)."""
     blocks = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     b = (pid // blocks // splits).to(tl.int64)
@@ -34,10 +129,11 @@ def sums_place(C, splits, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def tile_place(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Of a program of the grid B * cdiv(C, BLOCK_C) * cdiv(HW, BLOCK_P): its b, c's and p's.
+def tile_coords(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Return this program's b, channels (BLOCK_C,) and pixels (BLOCK_P,).
 
-    The grid is walked backwards: the samples that the sums read last are still in L2.
+    Grid: B * cdiv(C, BLOCK_C) * cdiv(HW, BLOCK_P), in reverse: the samples that the sum kernel read
+    last are still in L2.
     """
     c_blocks = tl.cdiv(C, BLOCK_C)
     p_blocks = tl.cdiv(HW, BLOCK_P)
@@ -48,10 +144,11 @@ def tile_place(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def run_place(size, groups, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Of a program of the grid B * cdiv(size, BLOCK), walked backwards: its b, elements and c's.
+def flat_coords(size, groups, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Return this program's b, elements (BLOCK,) and their channels (BLOCK // GROUP,).
 
-    A sample is one run of ``size`` elements; ``groups`` times GROUP of them share a channel.
+    A sample is one run of ``size`` elements. GROUP of them share a channel, ``groups`` times.
+    Grid: B * cdiv(size, BLOCK), in reverse as for tile_coords.
     """
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -62,8 +159,18 @@ def run_place(size, groups, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def row_coords(b0, i, B, SC, BLOCK_B: tl.constexpr):
+    """Return samples b from b0 on, the offsets of rows i of theirs in (B, SC), and a mask.
+
+    b is (BLOCK_B,), the others are (BLOCK_B, BLOCK_K).
+    """
+    b = (b0 + tl.arange(0, BLOCK_B)).to(tl.int64)
+    return b, b[:, None] * SC + i[None, :], (b < B)[:, None] & (i < SC)[None, :]
+
+
+@triton.jit
 def tile_offsets(b, c, p, strides, DIV: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Offsets (BLOCK_C, BLOCK_P) of channels c and pixels p of sample b; int64 throughout."""
+    """Return the offsets (BLOCK_C, BLOCK_P) of channels c and pixels p of sample b, in int64."""
     batch = b * strides[0] * DIV
     c = c.to(tl.int64)[:, None]
     p = p.to(tl.int64)[None, :]
@@ -75,7 +182,10 @@ def tile_offsets(b, c, p, strides, DIV: tl.constexpr, CHANNELS_LAST: tl.constexp
 
 @triton.jit
 def per_channel(vector, index, mask, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """vector[index] in the shape of a tile's rows (GROUP = 0) or of a run, GROUP pixels each."""
+    """Load vector[index] and broadcast it to the shape of a tile or of a run.
+
+    For a tile (GROUP = 0) the shape is (BLOCK_C, 1), for a run (BLOCK,), GROUP elements a channel.
+    """
     x = tl.load(vector + index, mask=mask, other=0.0).to(ACC)
     if GROUP == 0:
         return x[:, None]
@@ -85,98 +195,9 @@ def per_channel(vector, index, mask, GROUP: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def split_total(sums, b, splits, s, c, mask, C, S: tl.constexpr, ACC: tl.constexpr):
-    """The splits' sums of sample b added up in a fixed order: (BLOCK_S, CHANNELS)."""
+    """Add up the sums of sample b's splits in a fixed order: (BLOCK_S, CHANNELS)."""
     total = tl.zeros(mask.shape, ACC)
     for split in range(0, splits):
         row = (b * splits + split) * S + s
         total += tl.load(sums + row[:, None] * C + c[None, :], mask=mask, other=0.0)
     return total
-
-
-@triton.jit
-def _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC: tl.constexpr):
-    """relu(fc1 z) for hidden units r, and fc1's rows: (BLOCK_S, BLOCK_R), (BLOCK_R, CHANNELS)."""
-    mask = (r < R)[:, None] & (c < C)[None, :]
-    w1 = tl.load(fc1_weight + r[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)
-    h = tl.sum(z[:, None, :] * w1[None, :, :], axis=2)
-    h += tl.load(fc1_bias + r, mask=r < R, other=0.0).to(ACC)[None, :]
-    # A NaN passes, as in PyTorch's relu; but not into the padding, where an infinite z makes one.
-    return tl.where((h < 0) | (r >= R)[None, :], 0.0, h), w1
-
-
-@triton.jit
-def _fc2_rows(fc2_weight, r, c, C, R, ACC: tl.constexpr):
-    """fc2's columns r as rows: (BLOCK_R, CHANNELS)."""
-    mask = (r < R)[:, None] & (c < C)[None, :]
-    return tl.load(fc2_weight + c[None, :] * R + r[:, None], mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _sigmoid_gate(
-    z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, c, C, R, BLOCK_R: tl.constexpr, ACC: tl.constexpr
-):
-    """sigmoid(fc2 relu(fc1 z)): (BLOCK_S, CHANNELS)."""
-    pre = tl.zeros(z.shape, ACC) + tl.load(fc2_bias + c, mask=c < C, other=0.0).to(ACC)[None, :]
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        h, _ = _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC)
-        w2 = _fc2_rows(fc2_weight, r, c, C, R, ACC)
-        pre += tl.sum(h[:, :, None] * w2[None, :, :], axis=1)
-    return 1.0 / (1.0 + tl.exp(-pre))
-
-
-@triton.jit
-def _fc_backward(
-    z, pre2, fc1_weight, fc1_bias, fc2_weight, hidden, grad_pre1, b, s, c, C, R,
-    S: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The gradient of z from that of the gate before its sigmoid: (BLOCK_S, CHANNELS)."""
-    grad_z = tl.zeros(z.shape, ACC)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        h, w1 = _hidden(z, fc1_weight, fc1_bias, r, c, C, R, ACC)
-        w2 = _fc2_rows(fc2_weight, r, c, C, R, ACC)
-        pre1 = tl.sum(pre2[:, None, :] * w2[None, :, :], axis=2)
-        pre1 = tl.where((h <= 0) | (r >= R)[None, :], 0.0, pre1)
-        grad_z += tl.sum(pre1[:, :, None] * w1[None, :, :], axis=1)
-        if hidden is not None:
-            offsets = (b * S + s)[:, None] * R + r[None, :]
-            mask = (s < S)[:, None] & (r < R)[None, :]
-            tl.store(hidden + offsets, h, mask=mask)
-            tl.store(grad_pre1 + offsets, pre1, mask=mask)
-    return grad_z
-
-
-@triton.jit
-def select(
-    z, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias, offsets, s, c, C, R,
-    S: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Write one sample's attention (S, C), at ``offsets``, from its squeeze z."""
-    gate = _sigmoid_gate(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, c, C, R, BLOCK_R, ACC)
-    # The gate is in (0, 1): its exponential needs no maximum subtracted.
-    e = tl.where((s < S)[:, None], tl.exp(gate), 0.0)
-    mask = (s < S)[:, None] & (c < C)[None, :]
-    tl.store(attention + offsets, e / tl.sum(e, axis=0)[None, :], mask=mask)
-
-
-@triton.jit
-def select_backward(
-    grad, z, attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-    hidden, grad_pre1, grad_pre2, offsets, b, s, c, C, R,
-    S: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The gradient of one sample's squeeze z from that of its attention: (BLOCK_S, CHANNELS).
-
-    Also writes hidden and grad_pre1 (S, R) and grad_pre2 (S, C), for fc's gradients, unless None.
-    """
-    gate = _sigmoid_gate(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, c, C, R, BLOCK_R, ACC)
-    mask = (s < S)[:, None] & (c < C)[None, :]
-    a = tl.load(attention + offsets, mask=mask, other=0.0)
-    mean = tl.sum(grad * a, axis=0)[None, :]
-    pre2 = tl.where(mask, a * (grad - mean) * gate * (1.0 - gate), 0.0)
-    if grad_pre2 is not None:
-        tl.store(grad_pre2 + offsets, pre2, mask=mask)
-    return _fc_backward(
-        z, pre2, fc1_weight, fc1_bias, fc2_weight, hidden, grad_pre1, b, s, c, C, R, S, BLOCK_R, ACC
-    )

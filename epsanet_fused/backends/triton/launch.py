@@ -1,4 +1,4 @@
-"""From tensors to launches: shapes, strides and what divides them, grids and constants."""
+"""The launches of psa_tail: from tensors to the kernels' arguments, constants and grids."""
 
 from __future__ import annotations
 
@@ -11,176 +11,234 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 from triton import language as tl
 
-from epsanet_fused.backends.triton import config, psa_tail
+from epsanet_fused.backends.interface import SEWeights
+from epsanet_fused.backends.triton import common, config, gate, psa_tail
+from epsanet_fused.backends.triton.common import FCGradInputs, SETensors, Strides, TailTensors
 from epsanet_fused.utils.memory_format import accumulator_dtype, output_format
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Said aloud, since Triton 3.10 changes the default: a product and a sum may round once.
+# A product and a sum may be rounded once. This is explicit because Triton 3.10 changes the default.
 OPTIONS = {"enable_fp_fusion": True}
-Strides = tuple[int, int, int]  # batch, channel, pixel
 
 
-class Problem(NamedTuple):
-    """S parts (B, C, H, W), the cat (B, S * C, H, W) that holds them in reverse, and any gradients.
+class TailArgs(NamedTuple):
+    """The large tensors of a call, with their strides as the kernels take them.
 
-    Strides are divided by ``div`` all but the inner one.
+    Strides are divided by ``div``, all but the inner one.
     """
 
-    parts: tuple[Tensor, ...]
-    cat: Tensor
-    grads: tuple[Tensor, ...]  # of the parts, where they are written beside them
-    part_strides: tuple[Strides, ...]
-    cat_strides: Strides
+    branches: tuple[Tensor, ...]  # S x (B, C, H, W)
+    branch_strides: tuple[Strides, ...]
+    concat: Tensor  # (B, S * C, H, W)
+    concat_strides: Strides
+    grad_branches: tuple[Tensor, ...]  # where a kernel reads branches and writes their gradients
     grad_strides: tuple[Strides, ...]
     div: int
-    channels_last: bool  # how tiles are cut: as the parts lie, if they all do
+    channels_last: bool  # the inner extent of the tiles: channels if all branches are so
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """B, S, C, HW."""
-        B, C, H, W = self.parts[0].shape
-        return B, len(self.parts), C, H * W
+        B, C, H, W = self.branches[0].shape
+        return B, len(self.branches), C, H * W
 
     @property
     def acc(self) -> torch.dtype:
-        return accumulator_dtype(self.cat.dtype)
+        """The accumulator's dtype."""
+        return accumulator_dtype(self.concat.dtype)
+
+    @property
+    def tensors(self) -> TailTensors:
+        """The branches and the concat, for a kernel."""
+        return TailTensors(*self[:4])
 
 
-def problem(parts: Sequence[Tensor], cat: Tensor, grads: Sequence[Tensor] = ()) -> Problem:
-    """Collect what the kernels need to know; parts whose H and W are no one run are copied."""
-    _, C, H, W = parts[0].shape
+def tail_args(
+    branches: Sequence[Tensor], concat: Tensor, grad_branches: Sequence[Tensor] = ()
+) -> TailArgs:
+    """Collect the strides of the tensors and what divides them.
+
+    Tensors to read whose H and W can't be one dimension are copied.
+    """
+    _, C, H, W = branches[0].shape
     if H * W >= 2**31:
         raise ValueError(f"psa_tail: the triton backend takes H * W < 2**31, got {H} x {W}")
-    channels_last = output_format(parts) == torch.channels_last
-    *parts, cat = (_pixels_in_a_run(x) for x in (*parts, cat))
-    strides = [_strides(x) for x in (*parts, cat, *grads)]
+    channels_last = output_format(branches) == torch.channels_last
+    *branches, concat = (_merge_pixels(x) for x in (*branches, concat))
+    strides = [_strides(x) for x in (*branches, concat, *grad_branches)]
     extent, outer = (C, 2) if channels_last else (H * W, 1)
     div = math.gcd(16, extent, *(n for s in strides for n in (s[0], s[outer])))
-    by = (div, 1, div) if channels_last else (div, div, 1)
-    strides = [tuple(n // d for n, d in zip(s, by, strict=True)) for s in strides]
-    S = len(parts)
-    return Problem(
-        tuple(parts),
-        cat,
-        tuple(grads),
-        tuple(strides[:S]),
-        strides[S],
-        tuple(strides[S + 1 :]),
-        div,
-        channels_last,
+    by_c, by_p = (1, div) if channels_last else (div, 1)  # the inner stride isn't divided
+    strides = [(b // div, c // by_c, p // by_p) for b, c, p in strides]
+    S = len(branches)
+    return TailArgs(
+        branches=tuple(branches),
+        branch_strides=tuple(strides[:S]),
+        concat=concat,
+        concat_strides=strides[S],
+        grad_branches=tuple(grad_branches),
+        grad_strides=tuple(strides[S + 1 :]),
+        div=div,
+        channels_last=channels_last,
     )
 
 
-def sum_and_gate(
-    p: Problem,
-    with_cat: bool,
-    squeeze: Tensor,
-    attention: Tensor,
-    fc: Sequence[Tensor],
-    spread: Tensor | None = None,
-    for_fc: Sequence[Tensor | None] = (None, None, None),
-) -> None:
-    """Forward: write squeeze and attention. Backward (with_cat): write spread and for_fc.
+def sum_and_gate(args: TailArgs, squeeze: Tensor, attention: Tensor, fc: SEWeights) -> None:
+    """Forward: write squeeze and attention (B, S, C)."""
+    tail = TailTensors(args.branches, args.branch_strides)
+    _sum_and_gate(args, tail, SETensors(squeeze, attention, fc))
 
-    for_fc are hidden (B, S, R), grad_pre1 (B, S, R) and grad_pre2 (B, S, C).
-    """
-    B, S, C, HW = p.sizes
-    itemsize, interpreted = p.cat.element_size(), psa_tail.INTERPRETED
-    cfg = config.sum_config(B, S, C, HW, itemsize, p.channels_last, with_cat, interpreted)
-    sums = squeeze.new_empty((B, cfg.splits, S, C))
-    cat, cat_strides = (p.cat, p.cat_strides) if with_cat else (None, None)
-    tensors = (p.parts, p.part_strides, cat, cat_strides, sums)
-    gate_tensors = (squeeze, attention, *fc, spread, *for_fc)
-    gate = gate_constants(S, C, R=fc[0].shape[0])
-    blocks = {"BLOCK_C": cfg.block_c, "BLOCK_P": cfg.block_p}
-    if cfg.fold_gate:
-        psa_tail.sum_gate_kernel[(B,)](
-            *tensors, *gate_tensors, tiles=cfg.tiles, num_warps=cfg.warps,
-            **blocks, **gate, **tile_arguments(p), **OPTIONS,
-        )  # fmt: skip
+
+def empty_se_grads(squeeze: Tensor, attention: Tensor, fc: SEWeights, fc_grads: bool) -> SETensors:
+    """Return the gate's tensors with room for the results of its backward."""
+    fc_grad_inputs = None
+    if fc_grads:
+        hidden = squeeze.new_empty((*squeeze.shape[:2], fc.fc1_weight.shape[0]))  # (B, S, R)
+        fc_grad_inputs = FCGradInputs(hidden, torch.empty_like(hidden), torch.empty_like(squeeze))
+    return SETensors(squeeze, attention, fc, torch.empty_like(squeeze), fc_grad_inputs)
+
+
+def sum_and_gate_backward(args: TailArgs, se: SETensors) -> None:
+    """Backward: write se.grad_mean and, unless None, se.fc_grad_inputs."""
+    _sum_and_gate(args, args.tensors, se)
+
+
+def _sum_and_gate(args: TailArgs, tail: TailTensors, se: SETensors) -> None:
+    B, S, C, HW = args.sizes
+    itemsize, products = args.concat.element_size(), tail.concat is not None
+    cfg = config.sum_config(B, S, C, HW, itemsize, args.channels_last, products, common.INTERPRETED)
+    sums = se.squeeze.new_empty((B, cfg.splits, S, C))
+    sum_constants = sum_arguments(args, cfg)
+    gate_constants = gate_arguments(S, C, R=se.fc.fc1_weight.shape[0])
+    if cfg.fused_gate:
+        psa_tail.sum_gate_kernel[(B,)](tail, sums, se, **sum_constants, **gate_constants)
         return
     psa_tail.sum_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
-        *tensors, splits=cfg.splits, tiles=cfg.tiles, num_warps=cfg.warps,
-        **blocks, **tile_arguments(p), **OPTIONS,
-    )  # fmt: skip
+        tail, sums, splits=cfg.splits, **sum_constants
+    )
     psa_tail.gate_kernel[(B,)](
-        sums, *gate_tensors, C=C, HW=HW, splits=cfg.splits, S=S, ACC=ACC[p.acc], **gate, **OPTIONS
+        sums, se, C=C, HW=HW, splits=cfg.splits, S=S, ACC=ACC[args.acc], **gate_constants, **OPTIONS
     )
 
 
 def recalibrate(
-    p: Problem,
+    args: TailArgs,
     attention: Tensor,
-    spread: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
 ) -> None:
-    """Forward: write the cat from the parts. Backward (with spread): the parts from the cat."""
-    B, S, C, HW = p.sizes
-    cfg = config.recalibrate_config(C, HW, p.channels_last, psa_tail.INTERPRETED)
-    vectors = (attention, spread, scale, shift)
-    if is_flat(p, cfg.block):
+    """Forward: write the concat from the branches."""
+    _recalibrate(args, (attention, None, scale, shift), relu)
+
+
+def recalibrate_backward(args: TailArgs, se: SETensors) -> None:
+    """Backward: write the branches, which are gradients, from the concat and se.grad_mean."""
+    _recalibrate(args, (se.attention, se.grad_mean, None, None), False)
+
+
+def _recalibrate(args: TailArgs, vectors: tuple[Tensor | None, ...], relu: bool) -> None:
+    B, _, C, HW = args.sizes
+    cfg = config.recalibrate_config(C, HW, args.channels_last, common.INTERPRETED)
+    if is_flat(args, cfg.block):
         group = 8 if HW % 8 == 0 else 1
-        div = math.gcd(16, C * HW)
         psa_tail.recalibrate_flat_kernel[(B * cdiv(C * HW, cfg.block),)](
-            p.parts, p.cat, *vectors, size=C * HW // div, C=C, groups=HW // group, S=S, DIV=div,
-            GROUP=group, RELU=relu, BLOCK=cfg.block, ACC=ACC[p.acc], num_warps=cfg.warps,
-            **OPTIONS,
-        )  # fmt: skip
+            args.branches,
+            args.concat,
+            *vectors,
+            RELU=relu,
+            **flat_arguments(args, group, cfg),
+        )
         return
     psa_tail.recalibrate_kernel[(B * cdiv(C, cfg.block_c) * cdiv(HW, cfg.block_p),)](
-        p.parts, p.part_strides, p.cat, p.cat_strides, *vectors, RELU=relu,
-        BLOCK_C=cfg.block_c, BLOCK_P=cfg.block_p, num_warps=cfg.warps,
-        **tile_arguments(p), **OPTIONS,
-    )  # fmt: skip
+        args.tensors, *vectors, RELU=relu, **tile_arguments(args, cfg)
+    )
 
 
-def is_flat(p: Problem, block: int) -> bool:
-    """Whether each sample of each tensor is one run, whose elements int32 can count."""
-    _, _, C, HW = p.sizes
-    dense = all(x.is_contiguous() for x in (*p.parts, p.cat, *p.grads))
+def is_flat(args: TailArgs, block: int) -> bool:
+    """Return whether each sample of each tensor is one run, whose elements int32 can count."""
+    _, _, C, HW = args.sizes
+    dense = all(x.is_contiguous() for x in (*args.branches, args.concat, *args.grad_branches))
     return dense and C * HW + block < 2**31
 
 
-def fc_grads(squeeze: Tensor, for_fc: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Write the gradients of fc1's weight (R, C) and bias, fc2's weight (C, R) and bias."""
-    B, S, C = squeeze.shape
-    R = grads[0].shape[0]
-    block_c, block_r, block_n = config.fc_grad_blocks(C, R, psa_tail.INTERPRETED)
-    psa_tail.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
-        squeeze, *for_fc, *grads, rows=B * S, C=C, R=R,
-        BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_N=block_n, ACC=ACC[squeeze.dtype],
+def fc_grads(se: SETensors, grad_fc: SEWeights) -> None:
+    """Backward: write grad_fc, the gradients of the four fc tensors, from se.fc_grad_inputs."""
+    B, S, C = se.squeeze.shape
+    R = grad_fc.fc1_weight.shape[0]
+    block_c, block_r, block_n = config.fc_grad_blocks(C, R, common.INTERPRETED)
+    gate.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
+        se.squeeze,
+        se.fc_grad_inputs,
+        grad_fc,
+        rows=B * S,
+        C=C,
+        R=R,
+        BLOCK_C=block_c,
+        BLOCK_R=block_r,
+        BLOCK_N=block_n,
+        ACC=ACC[se.squeeze.dtype],
         **OPTIONS,
-    )  # fmt: skip
+    )
 
 
-def tile_arguments(p: Problem) -> dict[str, Any]:
-    """What every kernel that walks tiles takes; the inner extent comes divided by DIV."""
-    _, S, C, HW = p.sizes
-    inner = {"C": C // p.div, "HW": HW} if p.channels_last else {"C": C, "HW": HW // p.div}
+def sum_arguments(args: TailArgs, cfg: config.SumConfig) -> dict[str, Any]:
+    """Return the sizes and constants of a kernel that sums over pixels."""
+    return tile_arguments(args, cfg) | {"tiles": cfg.tiles}
+
+
+def tile_arguments(
+    args: TailArgs, cfg: config.SumConfig | config.RecalibrateConfig
+) -> dict[str, Any]:
+    """Return the sizes and constants of a kernel that works on tiles."""
+    _, S, C, HW = args.sizes
+    by_c, by_p = (args.div, 1) if args.channels_last else (1, args.div)  # the inner is divided
     return {
-        **inner,
+        "C": C // by_c,
+        "HW": HW // by_p,
         "S": S,
-        "DIV": p.div,
-        "CHANNELS_LAST": p.channels_last,
-        "ACC": ACC[p.acc],
+        "DIV": args.div,
+        "CHANNELS_LAST": args.channels_last,
+        "BLOCK_C": cfg.block_c,
+        "BLOCK_P": cfg.block_p,
+        "ACC": ACC[args.acc],
+        "num_warps": cfg.warps,
+        **OPTIONS,
     }
 
 
-def gate_constants(S: int, C: int, R: int) -> dict[str, int]:
-    BLOCK_S, CHANNELS = next_power_of_2(S), next_power_of_2(C)
-    block_r = max(1, config.GATE_TILE // (BLOCK_S * CHANNELS))
+def flat_arguments(args: TailArgs, group: int, cfg: config.RecalibrateConfig) -> dict[str, Any]:
+    """Return the sizes and constants of a kernel that works on runs of memory."""
+    _, S, C, HW = args.sizes
+    div = math.gcd(16, C * HW)
+    return {
+        "size": C * HW // div,
+        "C": C,
+        "groups": HW // group,
+        "S": S,
+        "DIV": div,
+        "GROUP": group,
+        "BLOCK": cfg.block,
+        "ACC": ACC[args.acc],
+        "num_warps": cfg.warps,
+        **OPTIONS,
+    }
+
+
+def gate_arguments(S: int, C: int, R: int) -> dict[str, int]:
+    """Return R and the constants of a kernel that runs the gate or its backward."""
+    block_s, channels = next_power_of_2(S), next_power_of_2(C)
+    block_r = max(1, config.GATE_TILE // (block_s * channels))
     return {
         "R": R,
-        "BLOCK_S": BLOCK_S,
-        "CHANNELS": CHANNELS,
+        "BLOCK_S": block_s,
+        "CHANNELS": channels,
         "BLOCK_R": min(next_power_of_2(R), block_r),
     }
 
 
-def _pixels_in_a_run(x: Tensor) -> Tensor:
-    """x itself if one stride leads from each pixel to the next, over rows too; else a copy."""
+def _merge_pixels(x: Tensor) -> Tensor:
+    """Return x if its H and W can be one dimension, else a copy."""
     H, W = x.shape[2:]
     if H == 1 or W == 1 or x.stride(2) == W * x.stride(3):
         return x
@@ -188,7 +246,7 @@ def _pixels_in_a_run(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> Strides:
-    """Strides over (batch, channel, pixel), 0 where there is but one."""
+    """Return the strides (batch, channel, pixel), 0 for a dimension of size one."""
     B, C, H, W = x.shape
     batch, channel, h, w = x.stride()
     pixel = w if W > 1 else h

@@ -3,166 +3,177 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton import cdiv
 
-from epsanet_fused.backends.triton import config, psa_tail, psa_tail_norm, psa_tail_norm_backward
+from epsanet_fused.backends.interface import NormParams, NormStats, SEWeights
+from epsanet_fused.backends.triton import (
+    common,
+    config,
+    normalize,
+    psa_tail_norm,
+    psa_tail_norm_backward,
+)
+from epsanet_fused.backends.triton.common import (
+    NormGradTerms,
+    NormTerms,
+    SampleStats,
+    SETensors,
+    SplitStats,
+    TailTensors,
+)
 from epsanet_fused.backends.triton.launch import (
     ACC,
     OPTIONS,
-    Problem,
-    gate_constants,
+    TailArgs,
+    flat_arguments,
+    gate_arguments,
     is_flat,
+    sum_arguments,
     tile_arguments,
 )
 
 
-class Norm(NamedTuple):
-    """gamma and beta (S * C,) or None, the batch's mean and var (S * C,), and eps."""
-
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor
-    var: Tensor
-    eps: float
-
-
-def deviations_and_gate(
-    p: Problem, squeeze: Tensor, deviation: Tensor, attention: Tensor, fc: Sequence[Tensor]
-) -> None:
-    """Forward: write squeeze, deviation and attention (B, S, C)."""
-    B, S, C, HW = p.sizes
-    itemsize, interpreted = p.cat.element_size(), psa_tail.INTERPRETED
-    cfg = config.sum_config(B, S, C, HW, itemsize, p.channels_last, True, interpreted)
-    sums, squares = squeeze.new_empty((2, B, cfg.splits, S, C))
-    scratch = (torch.empty_like(squeeze), sums, squares)
-    samples = (squeeze, deviation, attention)
-    gate = gate_constants(S, C, R=fc[0].shape[0])
-    blocks = {"BLOCK_C": cfg.block_c, "BLOCK_P": cfg.block_p}
-    if cfg.fold_gate:
-        psa_tail_norm.deviation_gate_kernel[(B,)](
-            p.parts, p.part_strides, *scratch, *samples, *fc, tiles=cfg.tiles, num_warps=cfg.warps,
-            **blocks, **gate, **tile_arguments(p), **OPTIONS,
-        )  # fmt: skip
+def m2_and_gate(args: TailArgs, stats: NormStats, fc: SEWeights) -> None:
+    """Forward: write squeeze, m2 and attention of ``stats``."""
+    B, S, C, HW = args.sizes
+    cfg = _sum_config(args)
+    sums, m2 = stats.squeeze.new_empty((2, B, cfg.splits, S, C))
+    split_stats = SplitStats(torch.empty_like(stats.squeeze), sums, m2)
+    samples = SampleStats(stats.squeeze, stats.m2, stats.attention)
+    tail = TailTensors(args.branches, args.branch_strides)
+    sum_constants = sum_arguments(args, cfg)
+    gate_constants = gate_arguments(S, C, R=fc.fc1_weight.shape[0])
+    if cfg.fused_gate:
+        psa_tail_norm.m2_gate_kernel[(B,)](
+            tail, split_stats, samples, fc, **sum_constants, **gate_constants
+        )
         return
-    psa_tail_norm.deviation_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
-        p.parts, p.part_strides, *scratch, splits=cfg.splits, tiles=cfg.tiles, num_warps=cfg.warps,
-        **blocks, **tile_arguments(p), **OPTIONS,
-    )  # fmt: skip
-    psa_tail_norm.norm_gate_kernel[(B,)](
-        *scratch, *samples, *fc, C=C, HW=HW, splits=cfg.splits,
-        share=cfg.tiles * cfg.block_p, S=S, ACC=ACC[p.acc], **gate, **OPTIONS,
-    )  # fmt: skip
-
-
-def statistics(
-    p: Problem, squeeze: Tensor, deviation: Tensor, attention: Tensor, norm: Norm
-) -> tuple[Tensor, Tensor]:
-    """Forward: write the norm's mean and var; return its weight and shift (B, S, C) of x."""
-    weight, shift = squeeze.new_empty((2, *squeeze.shape))
-    grid, arguments = _statistics(p, norm)
-    psa_tail_norm.statistics_kernel[grid](
-        squeeze, deviation, attention, norm.mean, norm.var, norm.gamma, norm.beta, weight, shift,
-        **arguments,
-    )  # fmt: skip
-    return weight, shift
-
-
-def gradient_sums(
-    p: Problem, squeeze: Tensor, attention: Tensor, norm: Norm
-) -> tuple[Tensor, Tensor]:
-    """Backward: sums of what the relu lets pass, and with x less its mean: (B, splits, S, C)."""
-    B, S, C, HW = p.sizes
-    itemsize, interpreted = p.cat.element_size(), psa_tail.INTERPRETED
-    cfg = config.sum_config(
-        B, S, C, HW, itemsize, p.channels_last, True, interpreted, may_fold=False
+    psa_tail_norm.m2_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
+        tail, split_stats, splits=cfg.splits, **sum_constants
     )
-    sums, products = squeeze.new_empty((2, B, cfg.splits, S, C))
+    psa_tail_norm.norm_gate_kernel[(B,)](
+        split_stats,
+        samples,
+        fc,
+        C=C,
+        HW=HW,
+        splits=cfg.splits,
+        split_pixels=cfg.tiles * cfg.block_p,
+        S=S,
+        ACC=ACC[args.acc],
+        **gate_constants,
+        **OPTIONS,
+    )
+
+
+def statistics(args: TailArgs, stats: NormStats, norm: NormParams) -> NormTerms:
+    """Forward: write mean and var of ``stats``; return the terms of the output."""
+    weight, shift = stats.squeeze.new_empty((2, *stats.squeeze.shape))
+    grid, constants = _statistics_arguments(args, norm.eps)
+    psa_tail_norm.statistics_kernel[grid](stats, norm.gamma, norm.beta, weight, shift, **constants)
+    return NormTerms(stats.squeeze, weight, shift)
+
+
+def gradient_sums(args: TailArgs, stats: NormStats, norm: NormParams) -> tuple[Tensor, Tensor]:
+    """Backward: return the sums and products of gradient_sum_kernel, both (B, splits, S, C)."""
+    B, S, C, _ = args.sizes
+    cfg = _sum_config(args, may_fuse_gate=False)
+    sums, products = stats.squeeze.new_empty((2, B, cfg.splits, S, C))
     psa_tail_norm_backward.gradient_sum_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
-        p.parts, p.part_strides, p.cat, p.cat_strides, sums, products, squeeze, attention,
-        norm.mean, norm.var, norm.gamma, norm.beta, splits=cfg.splits, tiles=cfg.tiles,
-        EPS=norm.eps, BLOCK_C=cfg.block_c, BLOCK_P=cfg.block_p, num_warps=cfg.warps,
-        **tile_arguments(p), **OPTIONS,
-    )  # fmt: skip
+        args.tensors,
+        sums,
+        products,
+        SampleStats(stats.squeeze, None, stats.attention, stats.mean, stats.var),
+        norm.gamma,
+        norm.beta,
+        splits=cfg.splits,
+        EPS=norm.eps,
+        **sum_arguments(args, cfg),
+    )
     return sums, products
 
 
 def gradient_statistics(
-    p: Problem,
+    args: TailArgs,
     sums: tuple[Tensor, Tensor],
-    squeeze: Tensor,
-    deviation: Tensor,
-    attention: Tensor,
-    norm: Norm,
-    grad_norm: Sequence[Tensor | None],
-    for_attention: Sequence[Tensor | None],
+    stats: NormStats,
+    norm: NormParams,
+    grad_norm: tuple[Tensor | None, Tensor | None],
+    terms: NormGradTerms | None,
 ) -> None:
-    """Backward: write the gradients of gamma and beta, and for_attention, all (B, S, C).
-
-    Those are the attention's gradient; weight, shift and factor for ``normalize``; and the constant
-    for ``gate_backward``.
-    """
-    grid, arguments = _statistics(p, norm)
+    """Backward: write the gradients of gamma and beta, and ``terms``, unless None."""
+    grid, constants = _statistics_arguments(args, norm.eps)
     psa_tail_norm_backward.gradient_statistics_kernel[grid](
-        *sums, squeeze, deviation, attention, norm.mean, norm.var, norm.gamma, norm.beta,
-        *grad_norm, *for_attention, splits=sums[0].shape[1], **arguments,
-    )  # fmt: skip
+        *sums,
+        stats,
+        norm.gamma,
+        norm.beta,
+        *grad_norm,
+        terms,
+        splits=sums[0].shape[1],
+        **constants,
+    )
 
 
-def gate_backward(
-    p: Problem,
-    grad_attention: Tensor,
-    squeeze: Tensor,
-    attention: Tensor,
-    fc: Sequence[Tensor],
-    constant: Tensor,
-    spread: Tensor,
-    for_fc: Sequence[Tensor | None],
-) -> None:
-    """Backward: write spread, and for_fc as ``launch.sum_and_gate`` does."""
-    B, S, C, HW = p.sizes
+def gate_backward(args: TailArgs, terms: NormGradTerms, se: SETensors) -> NormTerms:
+    """Backward: write the gate's gradients into ``se``; return the terms of the branches'."""
+    B, S, C, HW = args.sizes
     psa_tail_norm_backward.norm_gate_backward_kernel[(B,)](
-        grad_attention, squeeze, attention, *fc, constant, spread, *for_fc,
-        C=C, HW=HW, S=S, ACC=ACC[p.acc], **gate_constants(S, C, R=fc[0].shape[0]), **OPTIONS,
-    )  # fmt: skip
+        terms.grad_attention,
+        se.squeeze,
+        se.attention,
+        se.fc,
+        terms.batch_grad_mean,
+        se.grad_mean,
+        se.fc_grad_inputs,
+        C=C,
+        HW=HW,
+        S=S,
+        ACC=ACC[args.acc],
+        **gate_arguments(S, C, R=se.fc.fc1_weight.shape[0]),
+        **OPTIONS,
+    )
+    return NormTerms(se.squeeze, terms.weight, terms.shift, terms.factor, se.grad_mean)
 
 
-def normalize(
-    p: Problem,
-    squeeze: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    factor: Tensor | None = None,
-    spread: Tensor | None = None,
-) -> None:
-    """Forward: write the cat from the parts. Backward (with gradients): those from both."""
-    B, S, C, HW = p.sizes
-    cfg = config.normalize_config(C, HW, p.channels_last, psa_tail.INTERPRETED)
-    vectors = (squeeze, weight, shift, factor, spread)
-    grads, grad_strides = (p.grads, p.grad_strides) if p.grads else (None, None)
-    if is_flat(p, cfg.block):
-        group = math.gcd(8, HW)
-        div = math.gcd(16, C * HW)
-        psa_tail_norm.normalize_flat_kernel[(B * cdiv(C * HW, cfg.block),)](
-            p.parts, p.cat, grads, *vectors, size=C * HW // div, C=C, groups=HW // group, S=S,
-            DIV=div, GROUP=group, BLOCK=cfg.block, ACC=ACC[p.acc], num_warps=cfg.warps, **OPTIONS,
-        )  # fmt: skip
+def normalize_branches(args: TailArgs, terms: NormTerms) -> None:
+    """Forward: write the concat from the branches. Backward: their gradients, from both."""
+    B, _, C, HW = args.sizes
+    cfg = config.normalize_config(C, HW, args.channels_last, common.INTERPRETED)
+    grads, grad_strides = args.grad_branches or None, args.grad_strides or None
+    if is_flat(args, cfg.block):
+        normalize.normalize_flat_kernel[(B * cdiv(C * HW, cfg.block),)](
+            args.branches,
+            args.concat,
+            grads,
+            terms,
+            **flat_arguments(args, math.gcd(8, HW), cfg),
+        )
         return
-    psa_tail_norm.normalize_kernel[(B * cdiv(C, cfg.block_c) * cdiv(HW, cfg.block_p),)](
-        p.parts, p.part_strides, p.cat, p.cat_strides, grads, grad_strides, *vectors,
-        BLOCK_C=cfg.block_c, BLOCK_P=cfg.block_p, num_warps=cfg.warps,
-        **tile_arguments(p), **OPTIONS,
-    )  # fmt: skip
+    normalize.normalize_kernel[(B * cdiv(C, cfg.block_c) * cdiv(HW, cfg.block_p),)](
+        args.tensors, grads, grad_strides, terms, **tile_arguments(args, cfg)
+    )
 
 
-def _statistics(p: Problem, norm: Norm) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the sizes of what runs over all samples for some channels of the cat."""
-    B, S, C, HW = p.sizes
-    block_b, block_k = config.statistics_blocks(B, S * C, psa_tail.INTERPRETED)
-    sizes = {"B": B, "C": C, "HW": HW, "S": S, "EPS": norm.eps, "ACC": ACC[p.acc]}
+def _sum_config(args: TailArgs, may_fuse_gate: bool = True) -> config.SumConfig:
+    return config.sum_config(
+        *args.sizes,
+        args.concat.element_size(),
+        args.channels_last,
+        products=True,
+        interpreted=common.INTERPRETED,
+        may_fuse_gate=may_fuse_gate,
+    )
+
+
+def _statistics_arguments(args: TailArgs, eps: float) -> tuple[tuple[int], dict[str, Any]]:
+    """Return the grid and the constants of a kernel that goes through the batch."""
+    B, S, C, HW = args.sizes
+    block_b, block_k = config.statistics_blocks(B, S * C, common.INTERPRETED)
+    sizes = {"B": B, "C": C, "HW": HW, "S": S, "EPS": eps, "ACC": ACC[args.acc]}
     blocks = {"BLOCK_B": block_b, "BLOCK_K": block_k}
     return (cdiv(S * C, block_k),), sizes | blocks | OPTIONS

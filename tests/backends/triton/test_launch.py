@@ -1,4 +1,4 @@
-"""The cuts that a card would get, run interpreted: many tiles, splits, both ways to the gate."""
+"""The launches of the Triton kernels, interpreted, with the tilings that a GPU would get."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import epsanet_fused as ef
 from epsanet_fused.backends.triton import config, launch
 from epsanet_fused.testing.accuracy import evaluate
 
+SUM_TILES = [name for name in config.SUM if name != "interpreted"]
 SHAPES = {
     "many tiles": Shape(2, 4, 20, 30, 33, 2),
     "rows of eight": Shape(1, 3, 9, 24, 25, 3),
@@ -23,34 +24,34 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("cut", [name for name in config.SUM if name != "interpreted"])
+@pytest.mark.parametrize("tile", SUM_TILES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_cut_gives_the_right_numbers(
-    monkeypatch: pytest.MonkeyPatch, cut: str, layout: str, shape: str
+def test_every_tiling_gives_the_right_numbers(
+    monkeypatch: pytest.MonkeyPatch, tile: str, layout: str, shape: str
 ) -> None:
-    monkeypatch.setitem(config.SUM, "interpreted", config.SUM[cut])
+    monkeypatch.setitem(config.SUM, "interpreted", config.SUM[tile])
     for table in (config.RECALIBRATE, config.FC_GRAD):
         monkeypatch.setitem(table, "interpreted", table["compiled"])
-    monkeypatch.setattr(config, "FOLD_BYTES", 1 << 30 if cut == "fold" else 0)
-    monkeypatch.setattr(config, "PROGRAMS", 16)  # for two splits, of several tiles each
+    monkeypatch.setattr(config, "FUSED_GATE_BYTES", 1 << 30 if tile == "fused_gate" else 0)
+    monkeypatch.setattr(config, "SPLIT_PROGRAMS", 16)  # for two splits, of several tiles each
     case = make_case(SHAPES[shape], layout=LAYOUTS[layout])
     with ef.use_backend("triton"):
         assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
 
 
-@pytest.mark.parametrize("cut", [name for name in config.SUM if name != "interpreted"])
+@pytest.mark.parametrize("tile", SUM_TILES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_cut_gives_the_right_norm(
-    monkeypatch: pytest.MonkeyPatch, cut: str, layout: str
+def test_every_tiling_gives_the_right_norm(
+    monkeypatch: pytest.MonkeyPatch, tile: str, layout: str
 ) -> None:
-    """Several tiles in each of several splits, and several steps over the batch."""
-    monkeypatch.setitem(config.SUM, "interpreted", config.SUM[cut])
+    """There are several tiles in each of several splits, and several steps over the batch."""
+    monkeypatch.setitem(config.SUM, "interpreted", config.SUM[tile])
     monkeypatch.setitem(config.NORMALIZE, "interpreted", config.NORMALIZE[layout])
     monkeypatch.setitem(config.FC_GRAD, "interpreted", config.FC_GRAD["compiled"])
     monkeypatch.setitem(config.STATISTICS, "interpreted", (2, 8))
-    monkeypatch.setattr(config, "FOLD_BYTES", 1 << 30 if cut == "fold" else 0)
-    monkeypatch.setattr(config, "PROGRAMS", 8)
+    monkeypatch.setattr(config, "FUSED_GATE_BYTES", 1 << 30 if tile == "fused_gate" else 0)
+    monkeypatch.setattr(config, "SPLIT_PROGRAMS", 8)
     case = make_norm_case(Shape(3, 2, 5, 23, 30, 2), layout=LAYOUTS[layout])
     with ef.use_backend("triton"):
         assert_accurate(evaluate_norm(ef.psa_tail_norm, case), *expected_norm(case))
@@ -60,47 +61,47 @@ def test_splits_cover_every_pixel_once() -> None:
     for channels_last in (False, True):
         for C, HW in ((1, 1), (16, 3136), (16, 3137), (48, 10_000_019), (4096, 49)):
             for B, products in ((1, False), (10_000, True)):
-                cut = config.sum_config(B, 4, C, HW, 4, channels_last, products, False)
-                covered = cut.splits * cut.tiles * cut.block_p
+                cfg = config.sum_config(B, 4, C, HW, 4, channels_last, products, False)
+                covered = cfg.splits * cfg.tiles * cfg.block_p
                 assert covered >= HW
-                assert covered - cut.tiles * cut.block_p < HW  # no split is empty
-                assert not (cut.fold_gate and cut.splits > 1)
+                assert covered - cfg.tiles * cfg.block_p < HW  # no split is empty
+                assert not (cfg.fused_gate and cfg.splits > 1)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(1, 16, 160_000), (2, 16, 66_800), (1, 64, 262_144)], ids=str)
-def test_a_few_large_images_keep_a_card_busy(
+def test_a_few_large_images_make_enough_programs(
     shape: tuple[int, int, int], channels_last: bool
 ) -> None:
     B, C, HW = shape
-    cut = config.sum_config(B, 4, C, HW, 2, channels_last, False, False)
-    assert B * cut.splits * -(-C // cut.block_c) >= 256
+    cfg = config.sum_config(B, 4, C, HW, 2, channels_last, False, False)
+    assert B * cfg.splits * -(-C // cfg.block_c) >= 256
 
 
 def test_dense_inputs_are_not_copied() -> None:
-    """What the kernels read is the caller's memory, in either format and as slices of either."""
-    x = torch.randn(2, 12, 6, 8)
-    for whole in (x, x.contiguous(memory_format=torch.channels_last)):
-        for parts in (list(whole.chunk(3, 1)), list(whole[:, :, 1:4].chunk(3, 1))):
-            cat = torch.empty(2, 12, *parts[0].shape[2:])
-            grads = [torch.empty_like(x) for x in parts]
-            problem = launch.problem(parts, cat, grads)
-            assert [p.data_ptr() for p in problem.parts] == [p.data_ptr() for p in parts]
-            assert [g.data_ptr() for g in problem.grads] == [g.data_ptr() for g in grads]
+    """The kernels read the caller's memory, in either memory format and as slices of either."""
+    dense = torch.randn(2, 12, 6, 8)
+    for x in (dense, dense.contiguous(memory_format=torch.channels_last)):
+        for branches in (x.chunk(3, 1), x[:, :, 1:4].chunk(3, 1)):
+            concat = torch.empty(2, 12, *branches[0].shape[2:])
+            grads = [torch.empty_like(branch) for branch in branches]
+            args = launch.tail_args(branches, concat, grads)
+            assert [t.data_ptr() for t in args.branches] == [t.data_ptr() for t in branches]
+            assert [t.data_ptr() for t in args.grad_branches] == [t.data_ptr() for t in grads]
 
 
 def test_strides_keep_their_divisor() -> None:
-    """196 pixels a row: everything but the inner stride divides by 4, and comes divided."""
-    parts = [torch.empty(2, 3, 14, 14) for _ in range(2)]
-    problem = launch.problem(parts, torch.empty(2, 6, 14, 14))
-    assert problem.div == 4
-    assert problem.part_strides == ((147, 49, 1), (147, 49, 1))
-    assert problem.cat_strides == (294, 49, 1)
+    """With 196 pixels all strides but the inner one are multiples of 4, and are divided by it."""
+    branches = [torch.empty(2, 3, 14, 14) for _ in range(2)]
+    args = launch.tail_args(branches, torch.empty(2, 6, 14, 14))
+    assert args.div == 4
+    assert args.branch_strides == ((147, 49, 1), (147, 49, 1))
+    assert args.concat_strides == (294, 49, 1)
 
 
 @pytest.mark.parametrize("far", ["sample", "channel"])
 def test_offsets_beyond_32_bits(far: str) -> None:
-    """What starts further than 2**31 elements into its tensor is read from there."""
+    """Samples and channels more than 2**31 elements into their tensor are read correctly."""
     step = 2**31 + 64
     strides = (step, 16, 4, 1) if far == "sample" else (16, step, 4, 1)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pages not touched cost nothing
@@ -126,4 +127,4 @@ def test_offsets_beyond_32_bits(far: str) -> None:
 def test_an_image_of_too_many_pixels_is_refused() -> None:
     x = torch.empty(1).expand(1, 2, 2**16, 2**15)
     with pytest.raises(ValueError, match=r"H \* W < 2\*\*31, got 65536 x 32768"):
-        launch.problem([x, x], torch.empty(1).expand(1, 4, 2**16, 2**15))
+        launch.tail_args([x, x], torch.empty(1).expand(1, 4, 2**16, 2**15))

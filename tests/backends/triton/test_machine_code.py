@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles for every card we name, and its machine code is what we meant.
+"""Every Triton kernel compiles for every target, without spills and with wide memory accesses.
 
-No card is needed: the compiler runs ahead of time, with the constants and alignments that the real
+No GPU is needed: the compiler runs ahead of time, with the constants and alignments that the real
 launch code chooses at EPSANet's four stages.
 """
 
@@ -20,7 +20,7 @@ from helpers.processes import BENCHMARKS
 
 pytest.importorskip("triton")
 
-# Shared memory that one block may have, in bytes, and registers per thread.
+# The shared memory that one block may have, in bytes.
 TARGETS = {
     "cuda:80": 163 * 1024,
     "cuda:89": 99 * 1024,
@@ -36,9 +36,9 @@ KERNELS = {
     "fc_grad_kernel",
     "recalibrate_kernel",
     "recalibrate_flat_kernel",
-    "deviation_kernel",
+    "m2_kernel",
     "norm_gate_kernel",
-    "deviation_gate_kernel",
+    "m2_gate_kernel",
     "statistics_kernel",
     "normalize_kernel",
     "normalize_flat_kernel",
@@ -49,11 +49,11 @@ KERNELS = {
 SUM_KERNELS = {
     "sum_kernel",
     "sum_gate_kernel",
-    "deviation_kernel",
-    "deviation_gate_kernel",
+    "m2_kernel",
+    "m2_gate_kernel",
     "gradient_sum_kernel",
 }
-# A minute each, so the others have a make target of their own. Groups are for xdist's workers.
+# A target takes a minute, so the others are marked slow. The groups are for xdist's workers.
 QUICK = ("cuda:90", "hip:gfx942")
 TARGET_PARAMS = [
     pytest.param(
@@ -62,13 +62,13 @@ TARGET_PARAMS = [
     )
     for target in TARGETS
 ]
-# The widest access, in bits, to each stream: 196 and 49 pixels leave rows of pixels less aligned.
+# The widest access of the sum kernels, in bits: rows of 196 and 49 pixels are less aligned.
 NCHW_SUM_WIDTH = {"S1": 128, "S2": 128, "S3": 64, "S4": 16}
 
 
 @functools.cache
 def compile_for(target: str) -> list[dict[str, Any]]:
-    """What the target's compiler makes."""
+    """Return the lines that compile_kernels.py prints for a target."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
     with tempfile.TemporaryDirectory() as cache:
@@ -89,7 +89,7 @@ def test_all_kernels_compile_at_all_stages(target: str) -> None:
     assert {k["kernel"] for k in compiled} == KERNELS
     assert {k["stage"] for k in compiled} == {"S1", "S2", "S3", "S4"}
     assert {k["dtype"] for k in compiled} == {"fp16", "bf16", "fp32"}
-    assert {k["layout"] for k in compiled} == {"nchw", "channels_last"}
+    assert {k["memory_format"] for k in compiled} == {"nchw", "channels_last"}
 
 
 @pytest.mark.parametrize("target", TARGET_PARAMS)
@@ -101,9 +101,9 @@ def test_nothing_spills_and_shared_memory_fits(target: str) -> None:
 
 @pytest.mark.parametrize("target", [t for t in TARGET_PARAMS if t.values[0].startswith("cuda")])
 def test_streams_are_accessed_128_bits_at_a_time(target: str) -> None:
-    """In each kernel that streams, S loads (and S stores) are as wide as the layout allows."""
+    """In each kernel that streams, S loads (and S stores) are as wide as the alignment allows."""
     for kernel in compile_for(target):
-        name, nchw = kernel["kernel"], kernel["layout"] == "nchw"
+        name, nchw = kernel["kernel"], kernel["memory_format"] == "nchw"
         if name in SUM_KERNELS:
             # 49 floats leave a row 4 bytes aligned, 196 floats 16 bytes.
             itemsize = 4 if kernel["dtype"] == "fp32" else 2
