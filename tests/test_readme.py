@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +20,17 @@ PATHS = {page.name: page for page in PAGES}
 
 
 @pytest.fixture
-def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure two candidates of each convolution, and each once."""
+def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measure two candidates of each convolution, each once, on a thread that waits for no other."""
     monkeypatch.setattr(optimize, "SECONDS", 0.0)
     monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
     all_candidates = conv_planner.candidates
     monkeypatch.setattr(conv_planner, "candidates", lambda problem: all_candidates(problem)[:2])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("quick_measurements")
