@@ -21,7 +21,7 @@ PATHS = {page.name: page for page in PAGES}
 
 @pytest.fixture
 def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Measure two candidates of each convolution, each once, on a thread that waits for no other."""
+    """Measure two candidates of each convolution once; one thread, as it waits for no other."""
     monkeypatch.setattr(optimize, "SECONDS", 0.0)
     monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
