@@ -1,6 +1,6 @@
-"""``python -m epsanet_fused``: versions, devices, backends, and a check of each backend.
+"""``python -m epsanet_fused``: print versions, devices and backends, and check each backend.
 
-Exits with 0 if every backend that can run here gives the right numbers.
+The exit status is 0 if every backend that can run here gives the right numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from epsanet_fused.testing.self_check import self_check
 
 
 def main() -> int:
+    """Print the report and return the exit status."""
     print(f"epsanet_fused {ef.__version__}, Python {platform.python_version()}")
     print(f"torch         {torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}")
     print(f"triton        {_version('triton')}")
@@ -29,8 +30,8 @@ def main() -> int:
     print("\nself-check, forward and backward against the reference in float64")
     checks = self_check(list(devices))
     for check in checks:
-        verdict = "ok" if check.passed else "FAILED"
-        print(f"  {check.backend:10s} on {check.device:8s} {verdict}: {check.message}")
+        result = "ok" if check.passed else "FAILED"
+        print(f"  {check.backend:10s} on {check.device:8s} {result}: {check.message}")
     return 0 if all(check.passed for check in checks) else 1
 
 

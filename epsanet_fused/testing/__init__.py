@@ -1,1 +1,1 @@
-"""Accuracy against the float64 oracle, and the self-check."""
+"""The float64 oracle, the rule of accuracy, and a self-check of the backends."""

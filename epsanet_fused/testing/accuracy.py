@@ -1,7 +1,7 @@
-"""The float64 oracle, and the rule by which a result passes (docs/numerics.md says why).
+"""The float64 oracle, and the rule that decides if a result is accurate (see docs/numerics.md).
 
-Used by the tests, the benchmark and ``python -m epsanet_fused``: a number is reported only beside
-its error against this.
+The tests, the benchmark and ``python -m epsanet_fused`` use both: the benchmark reports a time only
+beside its error against the oracle.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from epsanet_fused.utils.memory_format import accumulator_dtype
 
 def plain_tail(
     branches: Sequence[Tensor],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    *,
+    *fc: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """The literal tail of nn/psa.py with the arguments of ``psa_tail``; all of one dtype."""
+    """Compute the tail as nn/psa.py does, in plain PyTorch, with the arguments of ``psa_tail``.
+
+    All tensors have the same dtype.
+    """
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = fc
+    fc1_weight, fc2_weight = fc1_weight.flatten(1), fc2_weight.flatten(1)
 
     def se(x: Tensor) -> Tensor:
-        hidden = F.relu(F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), fc1, fc1_bias))
-        return torch.sigmoid(F.linear(hidden, fc2, fc2_bias))[..., None, None]  # (B, C, 1, 1)
+        squeeze = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (B, C)
+        hidden = F.relu(F.linear(squeeze, fc1_weight, fc1_bias))
+        return torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias))[..., None, None]
 
-    fc1, fc2 = fc1_weight.flatten(1), fc2_weight.flatten(1)
     out = recalibrate_and_concat(list(branches), [se(branch) for branch in branches])
     if scale is not None:
         out = out * scale[:, None, None]
@@ -49,13 +50,14 @@ def evaluate(
     grad: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Run ``tail`` on copies of the inputs: its output, then with ``grad`` all gradients.
+    """Run ``tail`` on copies of the inputs, and return its output and all gradients.
 
     Args:
         tail: called as ``psa_tail`` is.
-        branches, fc: its inputs; copied with their strides.
+        branches: its branches; copied with their strides.
+        fc: its four fc tensors; copied with their strides.
         grad: the gradient of the output; None for inference.
-        dtype: what to convert everything to first: float64 for the oracle.
+        dtype: convert all inputs to it first: float64 for the oracle. None keeps their dtypes.
 
     Returns:
         [out], or [out, the gradient of each branch, the gradients of the four fc tensors].
@@ -69,7 +71,7 @@ def evaluate(
 
 
 def _copy(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy with t's strides and alignment, so that a slice or a permutation stays one."""
+    """Return a copy with t's strides and alignment: a slice or permutation stays one."""
     if t.numel() == 0:
         return t.detach().to(dtype or t.dtype, copy=True)
     size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
@@ -80,24 +82,27 @@ def _copy(t: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def max_error(result: Tensor, oracle: Tensor) -> float:
-    """The largest absolute difference; 0 for empty tensors, NaN if either holds one."""
+    """Return the largest absolute difference; 0 for empty tensors, NaN if either holds one."""
     if oracle.numel() == 0:
         return 0.0
     return (result.to(oracle) - oracle).abs().max().item()
 
 
 def bound(plain: Tensor, oracle: Tensor, dtype: torch.dtype, size: float = 1.0) -> float:
-    """The largest error that passes: twice plain PyTorch's in the same dtype, plus a small floor.
+    """Return the largest accurate error: twice plain PyTorch's, plus a small floor.
 
-    The floor is what plain PyTorch may escape by luck: half a rounding to the result's dtype, which
-    even an exact computation commits, and eight roundings of the accumulator.
+    The floor is there because plain PyTorch's error may be small by luck. It is half a rounding to
+    the result's dtype, which even an exact computation makes, and eight roundings of the
+    accumulator.
 
     Args:
-        plain, oracle: the same result by plain PyTorch in ``dtype``, and in float64.
-        size: the largest number that was added up to get there, at least 1: where a sum cancels,
-            its rounding is that of its terms, not of the result.
+        plain: the result of plain PyTorch in ``dtype``.
+        oracle: the same result in float64.
+        dtype: of the result to judge.
+        size: the largest number that was added up to the result, at least 1. Where a sum cancels,
+            its error is a rounding of its terms, not of the result.
     """
-    own = oracle.abs().max().item() if oracle.numel() else 0.0
-    floor = torch.finfo(dtype).eps / 2 * own
-    floor += 8 * torch.finfo(accumulator_dtype(dtype)).eps * max(1.0, own, size)
+    largest = oracle.abs().max().item() if oracle.numel() else 0.0
+    floor = torch.finfo(dtype).eps / 2 * largest
+    floor += 8 * torch.finfo(accumulator_dtype(dtype)).eps * max(1.0, largest, size)
     return 2 * max_error(plain, oracle) + floor

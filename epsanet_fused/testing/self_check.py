@@ -12,20 +12,28 @@ from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tai
 
 
 class Check(NamedTuple):
-    """One backend on one device: its largest error as a share of what passes, or why none."""
+    """The result for one backend on one device.
+
+    error_ratio: the largest error divided by the largest accurate one; None after an exception.
+    message: the ratio or the exception in words.
+    """
 
     backend: str
     device: str
-    share: float | None
+    error_ratio: float | None
     message: str
 
     @property
     def passed(self) -> bool:
-        return self.share is not None and self.share <= 1.0
+        """Whether the backend ran and its errors are within the bound."""
+        return self.error_ratio is not None and self.error_ratio <= 1.0
 
 
 def self_check(devices: list[str]) -> list[Check]:
-    """Forward and backward of "auto" and each backend on each device it can use, in float32."""
+    """Check "auto" and each backend on each device that it can use.
+
+    The checks run forward and backward in float32.
+    """
     return [
         _check(name, device)
         for name in ("auto", *list_backends())
@@ -45,11 +53,11 @@ def _check(name: str, device: str) -> Check:
     try:
         with use_backend(name):
             results = evaluate(psa_tail, branches, fc, grad)
-    except Exception as error:  # a report on this machine, whatever is wrong with it
+    except Exception as error:  # the check reports any fault of this machine
         return Check(name, device, None, f"{type(error).__name__}: {error}")
     size = max(t.abs().max().item() for t in oracle)
-    share = max(
+    ratio = max(
         max_error(r, o) / bound(p, o, torch.float32, size)
         for r, o, p in zip(results, oracle, plain, strict=True)
     )
-    return Check(name, device, share, f"largest error is {share:.0%} of what passes")
+    return Check(name, device, ratio, f"largest error is {ratio:.0%} of the accepted one")
