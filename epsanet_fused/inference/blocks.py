@@ -1,16 +1,16 @@
-"""A PSA module and the block around it for inference, as planned: what inference.py swaps in."""
+"""PSA module, block and stage for inference: the modules that replace those of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsanet_fused.inference.conv import Derived, PlannedConv
-from epsanet_fused.inference.conv_weights import affine
+from epsanet_fused.inference.conv import CachedWeights, PlannedConv
+from epsanet_fused.inference.conv_weights import norm_scale_shift
 from epsanet_fused.nn.fused_psa import CONVS, is_psa
 from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.ops.psa_tail import psa_tail
@@ -18,12 +18,12 @@ from epsanet_fused.utils.hooks import hooked
 
 
 class Rewrites(NamedTuple):
-    """Which rewrites to apply.
+    """The rewrites to apply.
 
     memory_format: of all activations.
-    fold: BatchNorms into the convolutions before them.
-    epilogue: the BatchNorm and ReLU after a PSA module into its tail.
-    fused_calls: the library's own convolution + residual + relu.
+    fold: fold BatchNorms into the convolutions before them.
+    epilogue: run the BatchNorm and ReLU after a PSA module in its tail.
+    fused_calls: use the library's own convolution + residual + ReLU.
     plans: how to run the convolutions that have a plan, by their name in the model.
     """
 
@@ -33,10 +33,10 @@ class Rewrites(NamedTuple):
     fused_calls: bool = True
     plans: Mapping[str, ConvPlan] = {}
 
-    def conv(
+    def planned_conv(
         self, name: str, conv: nn.Conv2d, norm: nn.Module | None = None, relu: bool = False
     ) -> PlannedConv:
-        """The convolution of that name with its norm and a ReLU, if any, rewritten."""
+        """Return the rewritten convolution, with the norm and the ReLU that follow it, if any."""
         return PlannedConv(
             conv,
             norm,
@@ -48,129 +48,156 @@ class Rewrites(NamedTuple):
         )
 
 
-class PlannedPSA(Derived):
-    """A PSA module in inference, with the BatchNorm2d and ReLU that follow it, if any.
+class PlannedPSA(CachedWeights):
+    """A PSA module for inference, with an optional BatchNorm2d and ReLU after it.
 
     Args:
         name: its name in the model.
         psa: with the layers that ``FusedPSAModule.from_reference`` asks for.
         norm: the BatchNorm2d that follows it, or None.
+        rewrites: the rewrites to apply.
     """
 
-    def __init__(
-        self, name: str, psa: nn.Module, norm: nn.Module | None, rewrites: Rewrites
-    ) -> None:
+    conv_1: nn.Module
+    conv_2: nn.Module
+    conv_3: nn.Module
+    conv_4: nn.Module
+
+    def __init__(self, name: str, psa: Any, norm: nn.Module | None, rewrites: Rewrites) -> None:
         super().__init__(psa, norm)
         for conv in CONVS:
-            setattr(self, conv, rewrites.conv(f"{name}.{conv}", getattr(psa, conv)))
-        self.se = psa.se
+            setattr(self, conv, rewrites.planned_conv(f"{name}.{conv}", getattr(psa, conv)))
+        self.se: Any = psa.se
         self.epilogue = rewrites.epilogue and norm is not None
 
-    def derive(self) -> tuple[Tensor, Tensor]:
-        return affine(self.norm)
+    def compute_weights(self) -> tuple[Tensor, Tensor]:
+        """Return the scale and shift of the norm, for the tail's epilogue."""
+        return norm_scale_shift(self.norm)
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """relu(norm(psa(x))), each part where it is asked for."""
+        """Return relu(norm(psa(x))); without the ReLU unless ``relu``."""
         branches = [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
         fc1, fc2 = self.se.fc1, self.se.fc2
-        tail = (branches, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        fc = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         if self.epilogue:
-            scale, shift = self.derive() if torch.compiler.is_compiling() else self.derived()
-            return psa_tail(*tail, scale=scale, shift=shift, relu=relu)
-        out = psa_tail(*tail)
+            compiling = torch.compiler.is_compiling()
+            scale, shift = self.compute_weights() if compiling else self.cached_weights()
+            return psa_tail(branches, *fc, scale=scale, shift=shift, relu=relu)
+        out = psa_tail(branches, *fc)
         out = out if self.norm is None else self.norm(out)
         return F.relu(out) if relu else out
 
 
 class PlannedBlock(nn.Module):
-    """An EPSABlock in inference, or the bottleneck that it comes from, ResNet's.
+    """An EPSABlock for inference, or the ResNet bottleneck that it comes from.
 
-    Its children have the names they had, and so has its state_dict.
+    Its children have the names that they had in ``block``, and so have the state_dict's keys.
 
     Args:
         name: its name in the model.
         block: with conv1, bn1, conv2 (a PSA module or a convolution), bn2, conv3, bn3, downsample.
+        rewrites: the rewrites to apply.
     """
 
-    def __init__(self, name: str, block: nn.Module, rewrites: Rewrites) -> None:
+    def __init__(self, name: str, block: Any, rewrites: Rewrites) -> None:
         super().__init__()
+        # Other code may read the block's public attributes, such as the stride.
         own = {key: value for key, value in vars(block).items() if not key.startswith("_")}
-        vars(self).update(own)  # what others may look up, such as the stride
+        vars(self).update(own)
         for key, child in block.named_children():
             self.add_module(key, child)
-        self.conv1 = rewrites.conv(f"{name}.conv1", block.conv1, block.bn1)
-        self.conv2 = (
+        self.conv1 = rewrites.planned_conv(f"{name}.conv1", block.conv1, block.bn1)
+        self.conv2: nn.Module = (
             PlannedPSA(f"{name}.conv2", block.conv2, block.bn2, rewrites)
             if is_psa(block.conv2)
-            else rewrites.conv(f"{name}.conv2", block.conv2, block.bn2)
+            else rewrites.planned_conv(f"{name}.conv2", block.conv2, block.bn2)
         )
-        self.conv3 = rewrites.conv(f"{name}.conv3", block.conv3, block.bn3)
+        self.conv3 = rewrites.planned_conv(f"{name}.conv3", block.conv3, block.bn3)
+        self.downsample: nn.Module | None = block.downsample
         if is_conv_norm(block.downsample):
             conv, norm = block.downsample
-            planned = rewrites.conv(f"{name}.downsample.0", conv, norm)
+            planned = rewrites.planned_conv(f"{name}.downsample.0", conv, norm)
             self.downsample = ConvNorm(planned, norm)
-        else:
-            self.downsample = block.downsample
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """The block's output; ``overwrite`` allows it to be written where x is."""
+        """Return the block's output; ``overwrite`` allows it to be written to x's memory.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
         if self.training:
             raise RuntimeError(
                 "a model from optimize_for_inference has no training mode; train the model that it "
                 "was made from, and optimize that again"
             )
-        identity = x if self.downsample is None else self.downsample(x)
-        if isinstance(self.downsample, ConvNorm):
-            overwrite = not hooked(self.downsample, self.downsample[0])
-        out = self.conv2(self.conv1(x, relu=True), relu=True)
-        return self.conv3(out, identity, relu=True, overwrite=overwrite)
+        downsample = self.downsample
+        identity = x if downsample is None else downsample(x)
+        if isinstance(downsample, ConvNorm):
+            # Nothing else holds the identity then, unless a hook has kept it.
+            overwrite = not hooked(downsample, downsample[0])
+        out: Tensor = self.conv2(self.conv1(x, relu=True), relu=True)
+        out = self.conv3(out, identity, relu=True, overwrite=overwrite)
+        return out
 
 
 class PlannedStage(nn.Sequential):
-    """PlannedBlocks in a row: each may write over what the one before made for it alone."""
+    """PlannedBlocks in a row: each may overwrite its input if only the block before holds it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self):
-            # Whoever hooked in before or behind this tensor may have kept it.
-            x = block(x, overwrite=i > 0 and not hooked(self[i - 1], block, block.conv1))
+        """Run the blocks one after another."""
+        blocks: list[Any] = [*self]
+        for i, block in enumerate(blocks):
+            # A hook of either block may have kept this tensor.
+            x = block(x, overwrite=i > 0 and not hooked(blocks[i - 1], block, block.conv1))
         return x
 
 
 class ConvNorm(nn.Sequential):
-    """A PlannedConv, and the norm that is part of it already."""
+    """A PlannedConv and the norm that it already applies."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[0](x)
+        """Run the PlannedConv alone."""
+        out: Tensor = self[0](x)
+        return out
 
 
-class PassedNorm(Derived):
-    """A BatchNorm2d that is part of the PlannedConv before it: it hands on what it gets."""
+class FoldedNorm(nn.Module):
+    """A BatchNorm2d that the PlannedConv before it applies: returns its input unchanged.
 
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__(norm, None)
+    Args:
+        norm: the BatchNorm2d, whose parameters and buffers it shares.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        for name, parameter in norm._parameters.items():  # a parameter may be None
+            self.register_parameter(name, parameter)
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         self.eps = norm.eps
+        self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
         return x
 
 
-def is_conv_norm(module: nn.Module | None) -> bool:
+def is_conv_norm(module: Any) -> bool:
+    """Return whether ``module`` is an nn.Sequential of a plain Conv2d and a BatchNorm2d."""
     return (
         type(module) is nn.Sequential
         and len(module) == 2
         and is_plain_conv(module[0])
-        and is_norm(module[1])
+        and is_batch_norm(module[1])
     )
 
 
-def is_plain_conv(module: nn.Module | None) -> bool:
-    """Whether it is a Conv2d and nothing more: no subclass, parametrised weight or odd padding."""
+def is_plain_conv(module: Any) -> bool:
+    """Return whether ``module`` is exactly a Conv2d (no subclass) with zeros as its padding."""
     return type(module) is nn.Conv2d and module.padding_mode == "zeros"
 
 
-def is_norm(module: nn.Module | None) -> bool:
-    """Whether it has a BatchNorm2d's statistics and parameters, trained or frozen."""
+def is_batch_norm(module: Any) -> bool:
+    """Return whether ``module`` has a BatchNorm2d's parameters and statistics, frozen or not."""
     names = ("running_mean", "running_var", "weight", "bias", "eps")
     return all(hasattr(module, name) for name in names) and module.running_mean is not None

@@ -1,95 +1,118 @@
-"""A convolution for inference: how it is executed, apart from what it is."""
+"""Conv2d run as an equivalent convolution (merged groups, tiled pixels), fused with its successors.
+
+``PlannedConv`` is the module. The ``run_*`` functions at the end are the three ways to execute it.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsanet_fused.inference.conv_weights import fold, narrow, widen_weight
+from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
 from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
 from epsanet_fused.utils.memory_format import is_channels_last
 
 
-class Call(NamedTuple):
-    """One call of the library's convolution."""
+class ConvCall(NamedTuple):
+    """The arguments of one call of the library's convolution, all but the input."""
 
     weight: Tensor
     bias: Tensor | None
     groups: int
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
 
-class Derived(nn.Module):
-    """A module that takes the place of another one, and computes with tensors made from its.
+# Computes relu(conv(x) + residual) for (call, x, residual=None, relu=False, overwrite=False). If
+# ``overwrite``, it may write the output to the residual's memory.
+Runner = Callable[..., Tensor]
 
-    It has the parameters of the ``origin`` under the same names, so that a state_dict doesn't
-    change. What it makes of them, and of those of a ``norm`` that stays where it is, is made again
-    when one of them changes; it is neither saved nor copied.
+
+class CachedWeights(nn.Module):
+    """A module that replaces another one and computes with tensors made from its parameters.
+
+    It holds the parameters of ``origin`` under the same names, so the state_dict stays the same.
+    ``cached_weights`` calls ``compute_weights`` again when a parameter of ``origin`` or of ``norm``
+    has changed. The cache is neither saved nor copied.
+
+    Args:
+        origin: the module to replace.
+        norm: the norm whose parameters ``compute_weights`` reads, or None. It stays registered
+            where it is.
     """
+
+    _norms: tuple[nn.Module, ...]
+    _cache: Any
+    _sources: list[Tensor | None]
+    _versions: list[int] | None
 
     def __init__(self, origin: nn.Module, norm: nn.Module | None) -> None:
         super().__init__()
-        for name, parameter in origin._parameters.items():  # None, too
+        for name, parameter in origin._parameters.items():  # a parameter may be None
             self.register_parameter(name, parameter)
         self.training = False
-        # In a tuple, or it would be registered a second time.
+        # A tuple hides the norm from nn.Module, which would register it a second time.
         self._norms = () if norm is None else (norm,)
-        self._forget()
+        self._clear_cache()
 
     @property
-    def norm(self) -> nn.Module | None:
+    def norm(self) -> Any:
+        """The norm that follows, or None."""
         return self._norms[0] if self._norms else None
 
-    def derive(self) -> Any:
-        """Makes the tensors to compute with."""
+    def compute_weights(self) -> Any:
+        """Compute the tensors to run with from the parameters."""
         raise NotImplementedError
 
-    def derived(self) -> Any:
-        """What ``derive`` makes of the parameters as they are now."""
-        tensors = [*self._parameters.values()]
+    def cached_weights(self) -> Any:
+        """Return the result of ``compute_weights`` for the parameters as they are now."""
+        sources: list[Tensor | None] = [*self._parameters.values()]
         for norm in self._norms:
-            tensors += (*norm._parameters.values(), *norm._buffers.values())
-        versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
-        if versions != self._versions or not all(map(operator.is_, tensors, self._tensors)):
+            sources += (*norm._parameters.values(), *norm._buffers.values())
+        versions = [0 if t is None or t.is_inference() else t._version for t in sources]
+        if versions != self._versions or not all(map(operator.is_, sources, self._sources)):
             with torch.inference_mode(False), torch.no_grad():
-                self._derived = self.derive()
-            self._tensors, self._versions = tensors, versions
-        return self._derived
+                self._cache = self.compute_weights()
+            self._sources, self._versions = sources, versions
+        return self._cache
 
-    def _forget(self) -> None:
-        # The tensors themselves, since another one may come to have the same id.
-        self._derived, self._tensors, self._versions = None, [], None
+    def _clear_cache(self) -> None:
+        # Keep the tensors, not their ids: Python may give the id of a freed tensor to another one.
+        self._cache, self._sources, self._versions = None, [], None
 
-    def _apply(self, fn, recurse=True):
-        self._forget()
-        return super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._clear_cache()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_derived": None, "_tensors": [], "_versions": None}
+        return self.__dict__ | {"_cache": None, "_sources": [], "_versions": None}
 
 
-class PlannedConv(Derived):
-    """A Conv2d in inference, with what follows it: a BatchNorm2d, a residual, a ReLU.
+class PlannedConv(CachedWeights):
+    """A Conv2d for inference, with an optional BatchNorm2d, residual and ReLU after it.
 
     Args:
-        conv: with zeros for its padding.
+        conv: with zeros as its padding.
         norm: the BatchNorm2d that follows it, or None.
-        plan: how to run it; None as it is, in ``memory_format``.
-        memory_format: of what comes out.
-        fold: make the norm part of the convolution's weights.
-        fused_calls: use the library's own convolution + residual + relu where it has one; on CPUs,
-            in channels_last, with weights in the order that oneDNN likes best.
-        relu: a ReLU follows wherever it is called.
+        plan: how to run it; None runs it unchanged, in ``memory_format``.
+        memory_format: of the output.
+        fold: fold the norm into the convolution's weights.
+        fused_calls: use the library's own convolution + residual + ReLU where it has one; on CPUs,
+            in channels_last, with weights in oneDNN's packed order.
+        relu: apply a ReLU in every call.
 
     Shape: (B, C, H, W) -> (B, K, H', W').
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -111,20 +134,21 @@ class PlannedConv(Derived):
         self.groups, self.stride, self.dilation = conv.groups, conv.stride, conv.dilation
         self.padding = numeric_padding(conv)
 
-    def derive(self) -> Call:
-        weight, bias = fold(self.weight, self.bias, self.norm if self.fold else None)
+    def compute_weights(self) -> ConvCall:
+        """Fold the norm, merge the groups and tile the weight, as planned."""
+        weight, bias = fold_norm(self.weight, self.bias, self.norm if self.fold else None)
         groups, (rows, columns), memory_format = self.plan
         weight = merge_weight(weight, self.groups, groups)
         if rows * columns > 1:
-            weight = widen_weight(weight, groups, (rows, columns), self.stride)
+            weight = tile_weight(weight, groups, (rows, columns), self.stride)
             if bias is not None:
                 bias = bias.view(groups, 1, -1).expand(-1, rows * columns, -1).flatten()
         stride = (self.stride[0] * rows, self.stride[1] * columns)
         dtype = self.weight.dtype
-        # A copy also where nothing is folded, merged or cast: the source may be written to.
+        # Copy even if nothing was folded, merged or cast: the parameter may be written to later.
         weight = weight.to(dtype, memory_format=memory_format, copy=True)
         bias = None if bias is None else bias.to(dtype, copy=True)
-        return Call(weight, bias, groups, stride, self.padding, self.dilation)
+        return ConvCall(weight, bias, groups, stride, self.padding, self.dilation)
 
     def forward(
         self,
@@ -133,69 +157,84 @@ class PlannedConv(Derived):
         relu: bool = False,
         overwrite: bool = False,
     ) -> Tensor:
-        """relu(norm(conv(x)) + residual), each part where it is asked for.
+        """Return relu(norm(conv(x)) + residual).
 
         Args:
-            overwrite: the residual's memory may be used for what comes out.
+            x: (B, C, H, W).
+            residual: (B, K, H', W'), or None to add nothing.
+            relu: apply the ReLU.
+            overwrite: allow the output to be written to the residual's memory.
         """
         relu = relu or self.relu
         x = x.contiguous(memory_format=self.plan.memory_format)
-        if self.norm is None or self.fold:
+        if self.fold or not self._norms:
             out = self._convolve(x, residual, relu, overwrite)
         else:
-            out = _then(self.norm(self._convolve(x, None, False, False)), residual, relu)
+            out = _add_relu(self.norm(self._convolve(x)), residual, relu)
         return out.contiguous(memory_format=self.memory_format)
 
-    def _convolve(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor:
-        if torch.compiler.is_compiling() or x.numel() == 0:
-            # Compilers see a computation on parameters, which freezing does once and for all.
-            call, run = self.derive(), run_plain
-        else:
-            call, run = self.derived(), run_plain
-            if self.fused_calls:
-                run = fused_call(x.device.type, x.dtype)
-                # With packed weights what comes out is always channels_last.
-                if run is run_onednn and self.plan.memory_format == torch.channels_last:
-                    call = self._pack(call, x)
-        if self.plan.tile == (1, 1):
-            try:
-                return run(call, x, residual, relu, overwrite)
-            except NoEngineError:  # such as for three channels in 16 bits, perhaps
-                out = run_plain(call, x, residual, relu)  # an error if the call itself is wrong
-                self.fused_calls = False
-                return out
-        return _then(self._convolve_wide(call, run, x), residual, relu)
+    def _convolve(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        overwrite: bool = False,
+    ) -> Tensor:
+        call, run = self._prepare(x)
+        if self.plan.tile != (1, 1):
+            return _add_relu(self._convolve_tiled(call, run, x), residual, relu)
+        try:
+            return run(call, x, residual, relu, overwrite)
+        except NoEngineError:
+            out = run_plain(call, x, residual, relu)  # raises if the arguments are wrong
+            self.fused_calls = False
+            return out
 
-    def _convolve_wide(self, call: Call, run, x: Tensor) -> Tensor:
-        sizes, extras = [], []
+    def _prepare(self, x: Tensor) -> tuple[ConvCall, Runner]:
+        """Return the call for ``x`` and the function that runs it."""
+        if torch.compiler.is_compiling() or x.numel() == 0:
+            # Compilers see computations on parameters, which freezing evaluates once.
+            return self.compute_weights(), run_plain
+        call = self.cached_weights()
+        if not self.fused_calls:
+            return call, run_plain
+        run = select_runner(x.device.type, x.dtype)
+        # With a packed weight the output is always channels_last.
+        packs = run is run_onednn and self.plan.memory_format == torch.channels_last
+        if packs and not call.weight.is_mkldnn:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = call = _pack(call, x)
+        return call, run
+
+    def _convolve_tiled(self, call: ConvCall, run: Runner, x: Tensor) -> Tensor:
+        """Run the tiled convolution and put its pixels in their places."""
+        sizes, margins = [], []
         geometry = zip(
-            x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.plan.tile,
+            x.shape[2:],
+            self.weight.shape[2:],
+            self.stride,
+            self.padding,
+            self.plan.tile,
             strict=True,
-        )  # fmt: skip
+        )
         for length, kernel, stride, padding, pixels in geometry:
             size = (length + 2 * padding - kernel) // stride + 1
-            # Where tiles don't fit, a few more pixels on both sides, and then cut.
             sizes.append(size)
-            extras.append((-size % pixels + 1) // 2)
-        padding = [p + s * e for p, s, e in zip(self.padding, self.stride, extras, strict=True)]
-        out = run(call._replace(padding=padding), x)
-        return narrow(out, call.groups, self.plan.tile, extras, sizes)
-
-    def _pack(self, call: Call, x: Tensor) -> Call:
-        """The call with its weight in oneDNN's order for x; right for any other size, too."""
-        if not call.weight.is_mkldnn:
-            with torch.inference_mode(False), torch.no_grad():
-                self._derived = call = _packed(call, x)
-        return call
+            # Where whole tiles do not fit, compute more pixels on both sides and cut them off.
+            margins.append((-size % pixels + 1) // 2)
+        widths = zip(self.padding, self.stride, margins, strict=True)
+        padded = call._replace(padding=tuple(p + s * m for p, s, m in widths))
+        return untile(run(padded, x), call.groups, self.plan.tile, margins, sizes)
 
 
-def _then(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _add_relu(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     if residual is not None:
         out = out + residual
     return F.relu(out) if relu else out
 
 
-def _packed(call: Call, x: Tensor) -> Call:
+def _pack(call: ConvCall, x: Tensor) -> ConvCall:
+    """Return the call with its weight in oneDNN's order for x, which serves other sizes as well."""
     size = [x.shape[0], call.weight.shape[1] * call.groups, *x.shape[2:]]
     geometry = (call.padding, call.stride, call.dilation, call.groups)
     weight = torch.ops.mkldnn._reorder_convolution_weight(call.weight, *geometry, size)
@@ -203,10 +242,10 @@ def _packed(call: Call, x: Tensor) -> Call:
 
 
 @functools.cache
-def fused_call(device_type: str, dtype: torch.dtype):
-    """The function that runs a Call with its residual and relu by the library's own, if any."""
-    if device_type == "cpu" and torch.backends.mkldnn.is_available():
-        supported = {
+def select_runner(device_type: str, dtype: torch.dtype) -> Runner:
+    """Return the library's fused function for this device and dtype, or ``run_plain``."""
+    if device_type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        supported: dict[torch.dtype, Callable[[], bool]] = {
             torch.float32: lambda: True,
             torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
             torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -218,52 +257,62 @@ def fused_call(device_type: str, dtype: torch.dtype):
 
 
 class NoEngineError(RuntimeError):
-    """cuDNN can't run this convolution and what follows it in one call."""
+    """cuDNN cannot run this convolution with its residual and ReLU in one call."""
 
 
-# Each of these gives relu(call(x) + residual), in the residual's memory if overwrite allows it.
 def run_plain(
-    call: Call,
+    call: ConvCall,
     x: Tensor,
     residual: Tensor | None = None,
     relu: bool = False,
     overwrite: bool = False,
 ) -> Tensor:
+    """Run the convolution, the addition and the ReLU one by one."""
     weight, bias, groups, stride, padding, dilation = call
-    return _then(F.conv2d(x, weight, bias, stride, padding, dilation, groups), residual, relu)
+    return _add_relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups), residual, relu)
 
 
 def run_onednn(
-    call: Call,
+    call: ConvCall,
     x: Tensor,
     residual: Tensor | None = None,
     relu: bool = False,
     overwrite: bool = False,
 ) -> Tensor:
+    """Run oneDNN's fused convolution."""
     weight, bias, groups, stride, padding, dilation = call
     geometry = (padding, stride, dilation, groups)
-    # The overloads by name: to find them by their arguments takes several microseconds.
-    pointwise = torch.ops.mkldnn._convolution_pointwise
+    # Overloads by name: resolving one from its arguments takes several microseconds.
+    pointwise: Any = torch.ops.mkldnn._convolution_pointwise
+    out: Tensor
     if residual is None:
-        after = "relu" if relu else "none"
-        return pointwise.default(x, weight, bias, *geometry, after, [], "")
-    if groups > 1 or not is_channels_last(x):
-        # It would add by a kernel that isn't there for 16 bits.
+        out = pointwise.default(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
+    elif groups > 1 or not is_channels_last(x):
+        # oneDNN's fused addition has no kernel for these in 16 bits.
         out = pointwise.default(x, weight, bias, *geometry, "none", [], "")
-        return _then(out, residual, relu)
-    addition = (weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], None)
-    if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
-        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *addition)
-    return pointwise.binary(x, residual, *addition)
+        out = _add_relu(out, residual, relu)
+    else:
+        activation = "relu" if relu else None
+        addition: tuple[Any, ...] = (weight, bias, *geometry, "add", 1.0, activation, [], None)
+        if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
+            out = torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *addition)
+        else:
+            out = pointwise.binary(x, residual, *addition)
+    return out
 
 
 def run_cudnn(
-    call: Call,
+    call: ConvCall,
     x: Tensor,
     residual: Tensor | None = None,
     relu: bool = False,
     overwrite: bool = False,
 ) -> Tensor:
+    """Run cuDNN's fused convolution.
+
+    Raises:
+        NoEngineError: if cuDNN refuses the call.
+    """
     weight, bias, groups, stride, padding, dilation = call
     if not relu:
         return run_plain(call, x, residual)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class _Capture(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Tensor
+    versions: list[int]  # of the model's parameters and buffers
+
+
 class GraphedModel(nn.Module):
-    """Replays a CUDA graph of a model for inputs like the example's, and calls it for others.
+    """A model that runs as a CUDA graph for inputs like the example's, and plainly for others.
+
+    The graph is captured at the first call, and again after a parameter or buffer was written to,
+    loaded or moved. It is neither copied nor pickled. The state_dict is that of ``model``.
 
     Args:
-        model: in eval mode; it returns one tensor. Its state_dict is this module's.
-        args: the tensors it is called with.
-
-    The graph is captured when first needed, and again when a parameter was written to, loaded or
-    moved. It isn't copied or pickled.
+        model: in eval mode; returns one tensor.
+        args: the tensors that it is called with.
 
     Raises:
         ValueError: if the model takes anything but tensors, or returns anything but one.
     """
+
+    _capture: _Capture | None
+    _tensors: list[Tensor]  # the parameters and buffers
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         super().__init__()
@@ -28,40 +39,43 @@ class GraphedModel(nn.Module):
             raise ValueError("optimize_for_inference: cuda_graph needs arguments that are tensors")
         self.model = model
         self.training = False
-        self._like = tuple(_signature(t) for t in args)
-        self._tensors = [*model.parameters(), *model.buffers()]
-        self._graph: tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor, list[int]] | None = None
+        self._signatures = tuple(_signature(t) for t in args)
+        self._clear_capture()
 
     def forward(self, *args: Any) -> Tensor:
-        if tuple(_signature(t) for t in args) != self._like:
-            return self.model(*args)
-        versions = [0 if t.is_inference() else t._version for t in self._tensors]
-        if self._graph is None or self._graph[3] != versions:
-            self._graph = (*self._capture(args), versions)
-        graph, inputs, output, _ = self._graph
-        with torch.no_grad():
-            for mine, given in zip(inputs, args, strict=True):
-                mine.copy_(given)
-        graph.replay()
-        return output.clone()  # the next replay writes over it
+        """Replay the graph on these arguments, or call the model if they differ from the example's.
 
-    def _capture(
-        self, args: tuple[Tensor, ...]
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        stream = torch.cuda.Stream()
-        # What is made in inference mode couldn't be written to outside of it.
+        Raises:
+            ValueError: if the model doesn't return one tensor.
+        """
+        if tuple(_signature(t) for t in args) != self._signatures:
+            plain: Tensor = self.model(*args)
+            return plain
+        versions = [0 if t.is_inference() else t._version for t in self._tensors]
+        capture = self._capture
+        if capture is None or capture.versions != versions:
+            capture = self._capture = self._capture_graph(args, versions)
+        with torch.no_grad():
+            for static_input, arg in zip(capture.inputs, args, strict=True):
+                static_input.copy_(arg)
+        capture.graph.replay()
+        return capture.output.clone()  # the next replay overwrites it
+
+    def _capture_graph(self, args: tuple[Tensor, ...], versions: list[int]) -> _Capture:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # A tensor that is made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             inputs = [t.clone() for t in args]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 graph, output = self._record(stream, inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        return graph, inputs, output
+        return _Capture(graph, inputs, output, versions)
 
     def _record(
         self, stream: torch.cuda.Stream, inputs: list[Tensor]
     ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        for _ in range(3):
+        for _ in range(3):  # warm up
             output = self.model(*inputs)
         if not isinstance(output, Tensor):
             raise ValueError(
@@ -74,24 +88,26 @@ class GraphedModel(nn.Module):
         return graph, output
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Return the state_dict of the model."""
         return self.model.state_dict(*args, **options)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Load a state_dict of the model."""
         result = self.model.load_state_dict(*args, **options)
-        self._forget()
+        self._clear_capture()
         return result
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._forget()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._clear_capture()
         return self
 
-    def _forget(self) -> None:
-        self._graph = None
+    def _clear_capture(self) -> None:
+        self._capture = None
         self._tensors = [*self.model.parameters(), *self.model.buffers()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_graph": None}
+        return self.__dict__ | {"_capture": None}
 
 
 def _signature(t: Any) -> tuple[Any, ...]:

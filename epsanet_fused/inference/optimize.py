@@ -1,8 +1,17 @@
-"""optimize_for_inference: exact rewrites for speed, applied where they were measured to win."""
+"""optimize_for_inference: exact rewrites for speed, each applied only where it measures faster.
+
+The rewrites:
+
+- BatchNorms are folded into the convolutions before them, bn2 and its ReLU into the tail of the PSA
+  module, residuals and ReLUs into the library's own convolution calls.
+- Grouped convolutions run merged or tiled, whichever is the fastest (``plan_convs``).
+- The whole model runs in its faster memory format.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,17 +21,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from epsanet_fused.inference.blocks import Rewrites
-from epsanet_fused.inference.conv_planner import FORMATS, plan_convs
+from epsanet_fused.inference.conv_planner import MEMORY_FORMATS, memory_format_name, plan_convs
 from epsanet_fused.inference.cuda_graph import GraphedModel
-from epsanet_fused.inference.report import Gain, Report, setting
-from epsanet_fused.inference.rewrite import Targets, apply, find_targets, sharing_copy
+from epsanet_fused.inference.report import Gain, Report, describe_setting
+from epsanet_fused.inference.rewrite import (
+    Targets,
+    apply_rewrites,
+    copy_sharing_tensors,
+    find_targets,
+)
+from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.utils.capture import as_arguments
 from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.timing import Timing, Variant, interleave, make_clock
 
 REPS, SECONDS = 15, 10.0
-# What is measured by leaving it out.
-_WITHOUT: Mapping[str, Mapping[str, Any]] = {
+# Each of these is measured by removing it from all rewrites.
+_REMOVALS: Mapping[str, Mapping[str, Any]] = {
     "norms folded into convolutions": {"fold": False},
     "norm and relu in the PSA tail": {"epilogue": False},
     "fused calls: convolution + residual + relu": {"fused_calls": False},
@@ -40,65 +55,60 @@ def optimize_for_inference(
     inplace: bool = False,
     plan_file: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
-    """A faster model for inference, with the same state_dict and the same numbers up to rounding.
+    """Return a faster model for inference, with the same state_dict and numbers up to rounding.
 
-    Works on any model that holds EPSABlocks or PSA modules, ours or built like the official ones;
-    each is first shown, on noise, to compute what its replacement does. What has hooks,
-    parametrised weights or another structure is left alone, and the report names it.
-
-    - BatchNorms are folded into the convolutions before them, bn2 and its ReLU into the tail of the
-      PSA module, residuals and ReLUs into the library's own convolution calls.
-    - Grouped convolutions run merged or widened, whichever is the fastest (``plan_convs``).
-    - The memory format is chosen for the whole model.
-
-    Each of these is measured on ``example_input``, on its device and with the present number of
-    threads, and is applied only if it wins. The result takes other sizes and batches, too.
+    Any model that holds EPSABlocks or PSA modules is accepted, this package's or others built like
+    the official ones. Each is first verified on random inputs; one with hooks, parametrised weights
+    or another structure is skipped. Each rewrite (see the module's docstring) is measured on
+    ``example_input``, on its device and with the current number of threads, and is applied only if
+    it wins. The result accepts other sizes and batches, too.
 
     Args:
         model: in eval mode.
-        example_input: what it is called with: a tensor, or a tuple of arguments.
+        example_input: the input to measure with: a tensor, or a tuple of arguments.
         memory_format: of the activations; None measures both.
-        dtype: to convert a copy of the model to; the result takes inputs of this dtype. None keeps
+        dtype: convert a copy of the model to it; the result takes inputs of this dtype. None keeps
             the model's.
-        cuda_graph: also capture the whole model in a CUDA graph for inputs like the example; others
-            run without. Only for a model that returns one tensor.
-        inplace: change ``model`` itself, once all is measured, instead of a copy. A model that is
-            itself nothing but a block, a PSA module or a row of blocks can only be replaced.
-        plan_file: a file of convolution plans to read and to add to, see ``plan_convs``.
+        cuda_graph: also capture the model in a CUDA graph for inputs like the example; others run
+            without it. Only for a model that returns one tensor.
+        inplace: change ``model`` itself, after all measurements. A model that is itself a block, a
+            PSA module or a row of blocks is replaced nevertheless.
+        plan_file: a file of convolution plans to read and to extend, see ``plan_convs``.
 
     Returns:
-        The model. ``print(result.report)`` tells what was done, what each rewrite gained, what was
-        left alone and why, and the largest error. It has no gradients and no training mode.
-        Parameters may be changed or loaded later: what is derived from them follows.
+        The model. ``print(result.report)`` shows the rewrites and their gains, the skipped modules
+        with reasons, and the largest error. It has no gradients and no training mode. It follows
+        later changes of its parameters.
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: if the model is in training mode, holds nothing to rewrite, or ``cuda_graph`` is
-            asked for on another device.
+        ValueError: if the model is in training mode or holds nothing to rewrite, or ``cuda_graph``
+            is asked for on another device.
     """
-    _check(model, example_input, memory_format, dtype, cuda_graph)
-    shares = inplace and dtype is None
-    work = sharing_copy(model) if shares else copy.deepcopy(model)
-    original, args = as_arguments(example_input), as_arguments(example_input)
+    _check_arguments(model, example_input, memory_format, dtype, cuda_graph)
+    original_args = args = as_arguments(example_input)
+    work = copy_sharing_tensors(model) if inplace and dtype is None else copy.deepcopy(model)
     if dtype is not None:
-        work = work.to(dtype)
-        args = tree_map(lambda t: t.to(dtype) if _is_float(t) else t, args)
+        work, args = work.to(dtype), _cast(args, dtype)
     with torch.no_grad():
-        targets = find_targets(work, args)
-        search = _Search(model, original, work, args, targets, plan_file)
-        rewrites, report = search.run([memory_format] if memory_format else [*FORMATS.values()])
-        made = work if rewrites is None else apply(work, targets, rewrites)
-        report = report._replace(**_errors(made(*args), model(*original)))
+        search = _Search(model, original_args, work, args, find_targets(work, args), plan_file)
+        result, report = search.run(memory_format)
         if inplace:
-            made = _move(made, model, dtype)
-        made.requires_grad_(False)
+            result = _move_into(model, result, dtype)
+        result.requires_grad_(False)
         if cuda_graph:
-            made, report = _graphed(made, args, report)
-    made.report = report
-    return made
+            result, report = _capture_graph(result, args, report)
+    result.report = report  # type: ignore[assignment]
+    return result
 
 
-def _check(model, example_input, memory_format, dtype, cuda_graph) -> None:
+def _check_arguments(
+    model: Any,
+    example_input: Any,
+    memory_format: torch.memory_format | None,
+    dtype: torch.dtype | None,
+    cuda_graph: bool,
+) -> None:
     name = "optimize_for_inference"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -107,7 +117,7 @@ def _check(model, example_input, memory_format, dtype, cuda_graph) -> None:
             f"{name}: model must be in eval mode, but {training[0]} is in training mode; call "
             f"model.eval() first"
         )
-    if memory_format not in (None, *FORMATS.values()):
+    if memory_format not in (None, *MEMORY_FORMATS.values()):
         raise ValueError(
             f"{name}: memory_format must be None, torch.contiguous_format or torch.channels_last, "
             f"got {memory_format}"
@@ -130,99 +140,127 @@ def _check(model, example_input, memory_format, dtype, cuda_graph) -> None:
 
 
 class _Search(NamedTuple):
-    """Looks for the rewrites that win."""
+    """The search for the rewrites that make ``work`` faster than ``model``.
+
+    model, original_args: as the user gave them.
+    work, args: the copy to rewrite and its arguments, both in the dtype that was asked for.
+    targets: what can be rewritten in ``work``.
+    plan_file: see ``optimize_for_inference``.
+    """
 
     model: nn.Module
-    original: tuple[Any, ...]
+    original_args: tuple[Any, ...]
     work: nn.Module
     args: tuple[Any, ...]
     targets: Targets
     plan_file: str | os.PathLike[str] | None
 
-    def run(self, formats: list[torch.memory_format]) -> tuple[Rewrites | None, Report]:
-        full = [Rewrites(memory_format=f, plans=self._plans(f)) for f in formats]
-        before, *timings = self._time(full, with_original=True)
-        best = min(range(len(full)), key=lambda i: timings[i].p50)
-        chosen, after = full[best], timings[best]
+    def run(self, memory_format: torch.memory_format | None) -> tuple[nn.Module, Report]:
+        """Return the fastest model, which is ``work`` itself if no rewrite wins, and the report."""
+        memory_formats = [memory_format] if memory_format else [*MEMORY_FORMATS.values()]
+        candidates = [Rewrites(memory_format=f, plans=self._plan(f)) for f in memory_formats]
+        before, *timings = self._time(candidates, with_original=True)
+        best = min(range(len(candidates)), key=lambda i: timings[i].p50)
+        chosen, after = candidates[best], timings[best]
         gains = [
             Gain(f"memory format {_name(chosen)}, not {_name(other)}", timing, after, True)
-            for other, timing in zip(full, timings, strict=True)
+            for other, timing in zip(candidates, timings, strict=True)
             if other is not chosen
         ]
-        chosen, tried = self._without_losses(chosen)
-        gains += tried
+        chosen, removal_gains = self._drop_useless(chosen)
+        gains += removal_gains
         if not all(gain.applied for gain in gains):
             before, after = self._time([chosen], with_original=True)
-        wins = after.p50 < before.p50 and not after.ties(before)
+        wins = _is_faster(after, before)
+        result = apply_rewrites(self.work, self.targets, chosen) if wins else self.work
+        errors = _output_errors(result(*self.args), self.model(*self.original_args))
         report = Report(
-            self.targets, setting(self.args), chosen if wins else None, before,
-            after if wins else before,
-            tuple(gains),
-        )  # fmt: skip
-        return (chosen if wins else None), report
+            targets=self.targets,
+            setting=describe_setting(self.args),
+            rewrites=chosen if wins else None,
+            before=before,
+            after=after if wins else before,
+            gains=tuple(gains),
+            max_error=errors[0],
+            relative_error=errors[1],
+        )
+        return result, report
 
-    def _plans(self, memory_format: torch.memory_format):
+    def _plan(self, memory_format: torch.memory_format) -> Mapping[str, ConvPlan]:
         return plan_convs(self.work, self.args, memory_format=memory_format, file=self.plan_file)
 
-    def _without_losses(self, full: Rewrites) -> tuple[Rewrites, list[Gain]]:
-        """What is left of the rewrites when those are taken out without which it is no slower."""
-        left_out = {
-            name: change
-            for name, change in _WITHOUT.items()
-            if full.plans or not change.keys() & {"plans", "epilogue"}  # without a PSA module
-        }
-        others = [full._replace(**change) for change in left_out.values()]
-        after, *timings = self._time([full, *others])
-        gains, chosen = [], full
-        for (name, change), other, timing in zip(left_out.items(), others, timings, strict=True):
-            with_it = after
-            if with_it.ties(timing):  # a small difference takes more samples to tell
-                with_it, timing = self._time([full, other], reps=4 * REPS)
-            applied = with_it.p50 < timing.p50 and not with_it.ties(timing)
-            gains.append(Gain(name, timing, with_it, applied))
-            if not applied:
-                chosen = chosen._replace(**change)
-        return chosen, gains
+    def _drop_useless(self, rewrites: Rewrites) -> tuple[Rewrites, list[Gain]]:
+        """Drop each rewrite whose removal does not slow the model down."""
+        removals = _removals(rewrites)
+        reduced = [rewrites._replace(**change) for change in removals.values()]
+        with_all, *timings = self._time([rewrites, *reduced])
+        kept, gains = rewrites, []
+        for (name, change), other, without in zip(removals.items(), reduced, timings, strict=True):
+            with_it = with_all
+            if with_it.ties(without):  # a small difference takes more samples to tell
+                with_it, without = self._time([rewrites, other], reps=4 * REPS)
+            gains.append(Gain(name, without, with_it, _is_faster(with_it, without)))
+            if not gains[-1].applied:
+                kept = kept._replace(**change)
+        return kept, gains
 
     def _time(
-        self, variants: list[Rewrites], with_original: bool = False, reps: int = REPS
+        self, candidates: list[Rewrites], with_original: bool = False, reps: int = REPS
     ) -> list[Timing]:
-        calls = [lambda: self.model(*self.original)] if with_original else []
-        for _, rewrites in progress(variants, "model", lambda r: f"measure {_name(r)}"):
-            made = apply(self.work, self.targets, rewrites)
-            calls.append(lambda made=made: made(*self.args))
+        """Time the models with these rewrites in turns, the original one first if asked for."""
+        calls = [functools.partial(self.model, *self.original_args)] if with_original else []
+        for _, rewrites in progress(candidates, "model", lambda r: f"measure {_name(r)}"):
+            rewritten = apply_rewrites(self.work, self.targets, rewrites)
+            calls.append(functools.partial(rewritten, *self.args))
         clock = make_clock(_device(self.args))
-        named = {str(i): Variant(call) for i, call in enumerate(calls)}
-        return list(interleave(named, clock, reps, SECONDS).values())
+        variants = {str(i): Variant(call) for i, call in enumerate(calls)}
+        return list(interleave(variants, clock, reps, SECONDS).values())
+
+
+def _removals(rewrites: Rewrites) -> dict[str, Mapping[str, Any]]:
+    """Return the removals to measure: without plans there is no PSA module, and no epilogue."""
+    if rewrites.plans:
+        return dict(_REMOVALS)
+    psa_only = {"plans", "epilogue"}
+    return {name: change for name, change in _REMOVALS.items() if not change.keys() & psa_only}
+
+
+def _is_faster(timing: Timing, other: Timing) -> bool:
+    return timing.p50 < other.p50 and not timing.ties(other)
 
 
 def _name(rewrites: Rewrites) -> str:
-    return next(name for name, f in FORMATS.items() if f == rewrites.memory_format)
+    return memory_format_name(rewrites.memory_format)
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
     return next(t.device for t in tree_leaves(args) if isinstance(t, Tensor))
 
 
+def _cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Convert the floating-point tensors among the arguments."""
+    cast: tuple[Any, ...] = tree_map(lambda t: t.to(dtype) if _is_float(t) else t, args)
+    return cast
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _errors(result: Any, true: Any) -> dict[str, float]:
-    """The largest difference in any tensor of the output, absolute and as a share of its size."""
-    pairs = zip(tree_leaves(result), tree_leaves(true), strict=True)
-    tensors = [(r.double(), t.double()) for r, t in pairs if _is_float(t)]
-    if any(r.shape != t.shape for r, t in tensors):  # such as another number of detections
-        return {"max_error": float("inf"), "relative_error": float("inf")}
-    errors = [((r - t).abs().max().item(), t.abs().max().item()) for r, t in tensors if t.numel()]
-    return {
-        "max_error": max((error for error, _ in errors), default=0.0),
-        "relative_error": max((error / (size or 1) for error, size in errors), default=0.0),
-    }
+def _output_errors(result: Any, expected: Any) -> tuple[float, float]:
+    """Return the largest error of any floating-point tensor, absolute and relative to its size."""
+    pairs = zip(tree_leaves(result), tree_leaves(expected), strict=True)
+    tensors = [(r.double(), e.double()) for r, e in pairs if _is_float(e)]
+    if any(r.shape != e.shape for r, e in tensors):  # such as another number of detections
+        return float("inf"), float("inf")
+    errors = [((r - e).abs().max().item(), e.abs().max().item()) for r, e in tensors if e.numel()]
+    absolute = max((error for error, _ in errors), default=0.0)
+    relative = max((error / (largest or 1) for error, largest in errors), default=0.0)
+    return absolute, relative
 
 
-def _move(made: nn.Module, model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Make ``model`` what was made of its copy; a model that is itself a block is replaced."""
+def _move_into(model: nn.Module, made: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Give ``model`` the children of ``made``; a model that is itself a block is replaced."""
     if type(made) is not type(model):
         return made
     if dtype is not None:
@@ -232,13 +270,18 @@ def _move(made: nn.Module, model: nn.Module, dtype: torch.dtype | None) -> nn.Mo
     return model
 
 
-def _graphed(made: nn.Module, args: tuple[Any, ...], report: Report) -> tuple[nn.Module, Report]:
-    graphed = GraphedModel(made, args)
-    clock = make_clock(_device(args))
-    named = {"plain": Variant(lambda: made(*args)), "graph": Variant(lambda: graphed(*args))}
-    plain, graph = interleave(named, clock, REPS, SECONDS).values()
-    applied = graph.p50 < plain.p50 and not graph.ties(plain)
-    gains = (*report.gains, Gain("CUDA graph", plain, graph, applied))
+def _capture_graph(
+    model: nn.Module, args: tuple[Any, ...], report: Report
+) -> tuple[nn.Module, Report]:
+    """Capture the model in a CUDA graph, and return that if it is faster."""
+    graphed = GraphedModel(model, args)
+    variants = {
+        "plain": Variant(functools.partial(model, *args)),
+        "graph": Variant(functools.partial(graphed, *args)),
+    }
+    plain, graph = interleave(variants, make_clock(_device(args)), REPS, SECONDS).values()
+    applied = _is_faster(graph, plain)
+    report = report._replace(gains=(*report.gains, Gain("CUDA graph", plain, graph, applied)))
     if not applied:
-        return made, report._replace(gains=gains)
-    return graphed, report._replace(gains=gains, after=graph)
+        return model, report
+    return graphed, report._replace(after=graph)

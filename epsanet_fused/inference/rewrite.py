@@ -1,10 +1,10 @@
-"""What of a model can be rewritten, shown to be the same, and the rewritten model."""
+"""Find the parts of a model that can be rewritten, verify them, and build the rewritten model."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,12 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from epsanet_fused.inference.blocks import (
-    PassedNorm,
+    FoldedNorm,
     PlannedBlock,
     PlannedPSA,
     PlannedStage,
     Rewrites,
-    is_norm,
+    is_batch_norm,
     is_plain_conv,
 )
 from epsanet_fused.nn.fused_psa import CONVS, is_psa
@@ -27,76 +27,88 @@ from epsanet_fused.utils.capture import inputs_of
 from epsanet_fused.utils.device_info import conv_eps
 from epsanet_fused.utils.hooks import hooked
 
-_BLOCK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample")
-_STEM = ("conv1", "bn1", "relu")
+_BLOCK_LAYERS = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample")
+_BLOCK_NORMS = ("bn1", "bn2", "bn3")
 
 
 class Targets(NamedTuple):
-    """The names of what can be rewritten, and of what can't, with the reason."""
+    """The names of the modules that can be rewritten, and of those that cannot."""
 
     blocks: list[str]
-    psas: list[str]  # that are in no such block
-    stems: list[str]  # modules with a conv1 and then a bn1 of their own around the blocks
-    rectified: list[str]  # those of them where a relu comes next
-    left_alone: dict[str, str]
+    psas: list[str]  # PSA modules outside of these blocks
+    stems: list[str]  # modules around the blocks whose bn1 can be folded into their conv1
+    relu_stems: list[str]  # the stems whose relu can run in conv1 as well
+    skipped: dict[str, str]  # the reason for each block or PSA module that cannot be rewritten
 
 
 def find_targets(model: nn.Module, args: tuple[Any, ...]) -> Targets:
-    """Looks for blocks and PSA modules by structure, and shows on noise that they are such.
+    """Find blocks and PSA modules by their structure, and verify each on random inputs.
+
+    Args:
+        model: in eval mode.
+        args: the arguments to call it with.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there is nothing to rewrite.
     """
-    modules = dict(model.named_modules())
-    seen = {name: m for name, m in modules.items() if _like_block(m) or is_psa(m)}
-    inputs = inputs_of(seen, model, args)
-    left: dict[str, str] = {}
-    blocks, psas = [], []
-    for name, module in seen.items():
-        inside = name.rpartition(".")[0]
-        if inside in blocks:
+    candidates = {n: m for n, m in model.named_modules() if _is_block_like(m) or is_psa(m)}
+    inputs = inputs_of(candidates, model, args)
+    blocks: list[str] = []
+    psas: list[str] = []
+    skipped: dict[str, str] = {}
+    for name, module in candidates.items():
+        if name.rpartition(".")[0] in blocks:  # the PSA module of that block
             continue
-        kind = blocks if _like_block(module) else psas
-        reason = _why_not(module) or _differs(name, module, inputs.get(name))
-        if reason is None:
-            kind.append(name)
+        reason = _check_structure(module) or _check_numbers(name, module, inputs.get(name))
+        if reason is not None:
+            skipped[name or type(model).__name__] = reason
+        elif _is_block_like(module):
+            blocks.append(name)
         else:
-            left[name or type(model).__name__] = reason
+            psas.append(name)
     if not blocks and not psas:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        found = f"has only {reasons}" if skipped else "has none"
         raise ValueError(
             f"optimize_for_inference: model must hold an EPSABlock or a PSA module that can be "
-            f"rewritten, but {type(model).__name__} {f'has only {reasons}' if left else 'has none'}"
+            f"rewritten, but {type(model).__name__} {found}"
         )
-    return Targets(blocks, psas, *_stems(model, modules, blocks, args), left)
+    return Targets(blocks, psas, *_find_stems(model, blocks, args), skipped)
 
 
-def apply(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
-    """The rewritten model. It shares its parameters with ``model``, which stays as it is."""
-    made = sharing_copy(model)
-    for name in targets.stems:
-        stem = made.get_submodule(name)
-        if rewrites.fold:
-            relu = name in targets.rectified and rewrites.fused_calls
-            stem.conv1 = rewrites.conv(f"{name}.conv1".lstrip("."), stem.conv1, stem.bn1, relu)
-            stem.bn1 = PassedNorm(stem.bn1)
-            if relu:
-                stem.relu = nn.Identity()
+def apply_rewrites(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn.Module:
+    """Return the rewritten model. It shares its parameters with ``model``, which is unchanged."""
+    rewritten = copy_sharing_tensors(model)
+    if rewrites.fold:
+        for name in targets.stems:
+            relu = name in targets.relu_stems and rewrites.fused_calls
+            _fold_stem(rewritten.get_submodule(name), name, relu, rewrites)
     for name in targets.psas:
-        made = _replace(made, name, PlannedPSA(name, made.get_submodule(name), None, rewrites))
+        psa = PlannedPSA(name, rewritten.get_submodule(name), None, rewrites)
+        rewritten = _replace(rewritten, name, psa)
     for name in targets.blocks:
-        made = _replace(made, name, PlannedBlock(name, made.get_submodule(name), rewrites))
-    for name, stage in list(made.named_modules()):
-        in_row = type(stage) is nn.Sequential and len(stage) > 0 and not hooked(stage)
-        if in_row and all(isinstance(block, PlannedBlock) for block in stage):
-            made = _replace(made, name, PlannedStage(OrderedDict(stage.named_children())).eval())
-    return made
+        block = PlannedBlock(name, rewritten.get_submodule(name), rewrites)
+        rewritten = _replace(rewritten, name, block)
+    for name, module in list(rewritten.named_modules()):
+        if _is_planned_row(module):
+            stage = PlannedStage(OrderedDict(module.named_children())).eval()
+            rewritten = _replace(rewritten, name, stage)
+    return rewritten
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules, with the very same parameters and buffers."""
+def copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """Return a copy of the modules with the very same parameters and buffers."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, memo={id(t): t for t in tensors})
+
+
+def _fold_stem(stem: Any, name: str, relu: bool, rewrites: Rewrites) -> None:
+    """Fold bn1, and with ``relu`` the ReLU after it, into the stem's conv1."""
+    conv_name = f"{name}.conv1".lstrip(".")
+    stem.conv1 = rewrites.planned_conv(conv_name, stem.conv1, stem.bn1, relu)
+    stem.bn1 = FoldedNorm(stem.bn1)
+    if relu:
+        stem.relu = nn.Identity()
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -106,13 +118,20 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return root
 
 
-def _like_block(module: nn.Module) -> bool:
-    has_all = all(hasattr(module, name) for name in _BLOCK)
+def _is_planned_row(module: nn.Module) -> bool:
+    """Return whether ``module`` is an nn.Sequential of PlannedBlocks alone, without hooks."""
+    if type(module) is not nn.Sequential or len(module) == 0 or hooked(module):
+        return False
+    return all(isinstance(block, PlannedBlock) for block in module)
+
+
+def _is_block_like(module: Any) -> bool:
+    has_all = all(hasattr(module, name) for name in _BLOCK_LAYERS)
     return has_all and (is_psa(module.conv2) or isinstance(module.conv2, nn.Conv2d))
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """What forbids to go around the parts of a block or of a PSA module."""
+def _check_structure(module: Any) -> str | None:
+    """Return why this block or PSA module cannot be replaced, or None if it can."""
     for name, part in module.named_modules():
         if hooked(part):
             return f"{name or 'it'} has hooks"
@@ -120,95 +139,139 @@ def _why_not(module: nn.Module) -> str | None:
             return f"{name or 'it'} has parametrised weights"
     if module._parameters or module._buffers:
         return "it has parameters or buffers of its own"
-    is_block = _like_block(module)
+    is_block = _is_block_like(module)
     psa = module.conv2 if is_block else module
-    convs = [(name, getattr(psa, name)) for name in CONVS] if is_psa(psa) else [("conv2", psa)]
+    convs = {name: getattr(psa, name) for name in CONVS} if is_psa(psa) else {"conv2": psa}
     if is_block:
-        convs += [(name, getattr(module, name)) for name in ("conv1", "conv3")]
-    for name, conv in convs:
+        convs |= {"conv1": module.conv1, "conv3": module.conv3}
+    for name, conv in convs.items():
         if not is_plain_conv(conv):
             return f"{name} isn't a plain Conv2d with zeros around the image, but {conv}"
-    if is_block:
-        for name in ("bn1", "bn2", "bn3"):
-            if not is_norm(getattr(module, name)):
-                kind = type(getattr(module, name)).__name__
-                return f"{name} is a {kind}, not a BatchNorm2d with running statistics"
+    for name in _BLOCK_NORMS if is_block else ():
+        norm = getattr(module, name)
+        if not is_batch_norm(norm):
+            kind = type(norm).__name__
+            return f"{name} is a {kind}, not a BatchNorm2d with running statistics"
     return None
 
 
-def _differs(name: str, module: nn.Module, x: Tensor | None) -> str | None:
-    """Whether the module is something else than what it is built like."""
+def _check_numbers(name: str, module: nn.Module, x: Tensor | None) -> str | None:
+    """Return how the module differs from its replacement on random inputs, or None if it doesn't.
+
+    Args:
+        name: its name in the model.
+        module: a block or a PSA module by its structure.
+        x: an input of it, for its shape, dtype and device.
+    """
     if x is None:
         return "the example input doesn't reach it, or it takes more than one tensor"
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     rewrites = Rewrites()
     planned = (
         PlannedBlock(name, module, rewrites)
-        if _like_block(module)
+        if _is_block_like(module)
         else PlannedPSA(name, module, None, rewrites)
     )
-    true, out = module(noise.clone()), planned(noise)
-    if not isinstance(true, Tensor) or true.shape != out.shape:
+    expected, out = module(noise.clone()), planned(noise)
+    if not isinstance(expected, Tensor) or expected.shape != out.shape:
         return "its output isn't that of such a module"
-    true, out = true.double(), out.double()
-    distance = ((out - true).norm() / (true.norm() or 1)).item()
+    expected, out = expected.double(), out.double()
+    distance = ((out - expected).norm() / (expected.norm() or 1)).item()
     allowed = max(1e-4, 16 * conv_eps(x.dtype, x.device))
-    if not distance <= allowed:
+    if not distance <= allowed:  # also for NaN
         return f"it computes something else: {distance:.1e} from what such a module gives"
     return None
 
 
-def _stems(
-    model: nn.Module, modules: dict[str, nn.Module], blocks: list[str], args: tuple[Any, ...]
+def _find_stems(
+    model: nn.Module, blocks: list[str], args: tuple[Any, ...]
 ) -> tuple[list[str], list[str]]:
-    """Modules around the blocks whose own bn1 gets just what their own conv1 makes.
+    """Find the modules around the blocks whose bn1 and relu can be folded into their conv1.
 
-    And those of them whose relu gets just what bn1 makes, where nothing else depends on it.
+    Returns:
+        The names of the modules whose bn1 takes just the output of their conv1, and of those among
+        them whose relu takes just the output of bn1.
     """
-    around = [
-        name
-        for name, m in modules.items()
-        if any(block.startswith(f"{name}.") or (not name and block) for block in blocks)
-        and is_plain_conv(getattr(m, "conv1", None))
-        and is_norm(getattr(m, "bn1", None))
-        and not any(hooked(part) or parametrize.is_parametrized(part) for part in (m.conv1, m.bn1))
-    ]
-    calls: dict[nn.Module, list[tuple[tuple[Any, ...], Any]]] = {}
-
-    def remember(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-        calls.setdefault(module, []).append((inputs, out))
-
-    parts = (getattr(modules[name], part, None) for name in around for part in _STEM)
-    hooks = {part: remember for part in parts if isinstance(part, nn.Module)}
-    result = _with_hooks(model, args, hooks)
-
-    def follows(after: Any, before: nn.Module) -> bool:
-        if not len(calls.get(after, ())) == len(calls.get(before, ())) == 1:
-            return False
-        [(inputs, _)], [(_, made)] = calls[after], calls[before]
-        return len(inputs) == 1 and inputs[0] is made
-
-    stems = [name for name in around if follows(modules[name].bn1, modules[name].conv1)]
-    rectified = [
+    candidates: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if _is_inside(blocks, name) and _is_stem_like(module)
+    }
+    parts = [getattr(m, n, None) for m in candidates.values() for n in ("conv1", "bn1", "relu")]
+    log = _CallLog(model, args, parts)
+    stems = [name for name, m in candidates.items() if log.feeds(m.conv1, m.bn1)]
+    relu_stems = [
         name
         for name in stems
-        if type(relu := getattr(modules[name], "relu", None)) is nn.ReLU
-        and not hooked(relu)
-        and follows(relu, modules[name].bn1)
+        if _has_plain_relu(m := candidates[name]) and log.feeds(m.bn1, m.relu)
     ]
-    # Done twice, a relu changes nothing, unless something else takes what comes before it.
-    if rectified:
-        early = {modules[name].bn1: lambda _module, _inputs, out: F.relu(out) for name in rectified}
-        twice = _with_hooks(model, args, early)
-        if not all(map(_same, tree_leaves(twice), tree_leaves(result))):
-            rectified = []
-    return stems, rectified
+    norms = [candidates[name].bn1 for name in relu_stems]
+    if norms and not _can_rectify(model, args, norms, log.output):
+        relu_stems = []
+    return stems, relu_stems
 
 
-def _with_hooks(
+def _is_inside(blocks: list[str], name: str) -> bool:
+    """Return whether the module of this name holds one of the blocks."""
+    return any(block.startswith(f"{name}.") or (not name and block) for block in blocks)
+
+
+def _is_stem_like(module: Any) -> bool:
+    conv: Any = getattr(module, "conv1", None)
+    norm: Any = getattr(module, "bn1", None)
+    if not is_plain_conv(conv) or not is_batch_norm(norm):
+        return False
+    return not any(hooked(part) or parametrize.is_parametrized(part) for part in (conv, norm))
+
+
+def _has_plain_relu(stem: Any) -> bool:
+    relu = getattr(stem, "relu", None)
+    return type(relu) is nn.ReLU and not hooked(relu)
+
+
+class _CallLog:
+    """The calls of some modules during one run of a model, and the model's output.
+
+    Args:
+        model: the model to run.
+        args: its arguments.
+        modules: the modules to log; those that are no nn.Module are ignored.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], modules: Iterable[Any]) -> None:
+        self._calls: dict[nn.Module, list[tuple[tuple[Any, ...], Any]]] = {}
+        hooks = {module: self._record for module in modules if isinstance(module, nn.Module)}
+        self.output = _run_with_hooks(model, args, hooks)
+
+    def _record(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+        self._calls.setdefault(module, []).append((inputs, out))
+
+    def feeds(self, before: nn.Module, after: nn.Module) -> bool:
+        """Return whether both were called once, and ``after`` with the output of ``before``."""
+        calls, next_calls = self._calls.get(before, []), self._calls.get(after, [])
+        if not len(calls) == len(next_calls) == 1:
+            return False
+        [(_, out)], [(inputs, _)] = calls, next_calls
+        return len(inputs) == 1 and inputs[0] is out
+
+
+def _can_rectify(
+    model: nn.Module, args: tuple[Any, ...], norms: Iterable[nn.Module], expected: Any
+) -> bool:
+    """Return whether the model's output stays the same with a ReLU right after these norms.
+
+    A ReLU follows each of them already, and a second one changes nothing. The output differs only
+    if something else reads the norm's output.
+    """
+    hooks = {norm: lambda _module, _inputs, out: F.relu(out) for norm in norms}
+    output = _run_with_hooks(model, args, hooks)
+    return all(map(_is_equal, tree_leaves(output), tree_leaves(expected)))
+
+
+def _run_with_hooks(
     model: nn.Module, args: tuple[Any, ...], hooks: dict[nn.Module, Callable[..., Any]]
 ) -> Any:
-    """What the model returns with these forward hooks."""
+    """Return the model's output with these forward hooks."""
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
         return model(*args)
@@ -217,5 +280,5 @@ def _with_hooks(
             handle.remove()
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else True

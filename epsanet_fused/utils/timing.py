@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ FEWEST_SAMPLES = 5
 # Long enough that the clock's resolution and the price of reading it are far below a percent.
 SAMPLE_SECONDS = 2e-3
 MOST_CALLS = 200
+
+Key = TypeVar("Key")
 
 
 class Timing(NamedTuple):
@@ -96,11 +98,11 @@ def make_clock(device: torch.device) -> Clock:
 
 
 def interleave(
-    variants: Mapping[str, Variant], clock: Clock, reps: int, seconds: float
-) -> dict[str, Timing]:
+    variants: Mapping[Key, Variant], clock: Clock, reps: int, seconds: float
+) -> dict[Key, Timing]:
     """Time all variants in turns, ``reps`` samples each, or as many as fit into ``seconds``."""
     calls = {name: _calls_per_sample(v, clock) for name, v in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[Key, list[float]] = {name: [] for name in variants}
     deadline = time.perf_counter() + seconds
     order, shuffled = list(variants.items()), random.Random(0)
     for turn in range(reps):

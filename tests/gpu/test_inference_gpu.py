@@ -12,7 +12,7 @@ from helpers.networks import ResNetBlock, small
 import epsanet_fused as ef
 from epsanet_fused.inference import conv_planner, optimize
 from epsanet_fused.inference.blocks import Rewrites
-from epsanet_fused.inference.rewrite import apply, find_targets
+from epsanet_fused.inference.rewrite import apply_rewrites, find_targets
 from epsanet_fused.nn.grouped_conv import ConvPlan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,7 +42,9 @@ def test_all_rewrites_at_most_double_the_error(dtype, memory_format, block):
         for i, name in enumerate(names)
     }
     with torch.no_grad():
-        made = apply(model, find_targets(model, (x,)), Rewrites(memory_format, plans=plans))
+        made = apply_rewrites(
+            model, find_targets(model, (x,)), Rewrites(memory_format, plans=plans)
+        )
         true = copy.deepcopy(model).double()(x.double())
         limit = 2 * (model(x).double() - true).norm() + torch.finfo(dtype).eps * true.norm()
         assert (made(x).double() - true).norm() <= limit
@@ -53,7 +55,7 @@ def test_float32_is_rewritten_where_cudnn_rounds_it_to_tf32(monkeypatch):
     model, x = case(torch.float32)
     with torch.no_grad():
         targets = find_targets(model, (x,))
-    assert len(targets.blocks) == 5 and not targets.left_alone
+    assert len(targets.blocks) == 5 and not targets.skipped
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graph"])
@@ -75,7 +77,7 @@ def test_a_graph_follows_its_parameters_and_keeps_results_apart():
     model, x = case(torch.float32)
     with torch.no_grad():
         made = optimize.GraphedModel(
-            apply(model, find_targets(model, (x,)), Rewrites(torch.channels_last)), (x,)
+            apply_rewrites(model, find_targets(model, (x,)), Rewrites(torch.channels_last)), (x,)
         )
         first = made(x)
         kept = first.clone()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.inference.blocks import Rewrites
-from epsanet_fused.inference.rewrite import apply, find_targets
+from epsanet_fused.inference.rewrite import apply_rewrites, find_targets
 from epsanet_fused.nn.grouped_conv import ConvPlan
 
 NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
@@ -123,7 +123,7 @@ ALONE: dict[str, Callable[[nn.Module], Rewrites]] = {
 
 def rewritten(model: nn.Module, x: Tensor, rewrites: Rewrites) -> nn.Module:
     with torch.no_grad():
-        return apply(model, find_targets(model, (x,)), rewrites)
+        return apply_rewrites(model, find_targets(model, (x,)), rewrites)
 
 
 def all_on(x: Tensor, model: nn.Module) -> nn.Module:

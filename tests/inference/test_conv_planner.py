@@ -1,4 +1,4 @@
-"""Plans are measured once, right whatever wins, and of use in training."""
+"""Plans: measured once, right for any winner, and applied in training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import nn
 import epsanet_fused as ef
 from epsanet_fused.inference import conv_planner
 from epsanet_fused.inference.conv import PlannedConv
-from epsanet_fused.inference.conv_planner import Problem, candidates, fastest, plan_convs, use_plans
+from epsanet_fused.inference.conv_planner import (
+    ConvProblem,
+    candidates,
+    fastest,
+    plan_convs,
+    use_plans,
+)
 from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.utils.timing import summarise
 
@@ -19,17 +25,27 @@ NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_planner, "_known", {})
+def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_planner, "_plan_cache", {})
     monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
 
 
-def problem(**changes) -> Problem:
-    usual = Problem(
-        torch.device("cpu"), False, torch.float32, NCHW, (1, 64, 8, 8), 16, (9, 9), (1, 1), (4, 4),
-        (1, 1), 16,
-    )  # fmt: skip
-    return usual._replace(**changes)
+def problem(**changes) -> ConvProblem:
+    """Return the problem of a 9x9 convolution with 16 groups, with these changes."""
+    default = ConvProblem(
+        torch.device("cpu"),
+        training=False,
+        dtype=torch.float32,
+        memory_format=NCHW,
+        shape=(1, 64, 8, 8),
+        channels=16,
+        kernel=(9, 9),
+        stride=(1, 1),
+        padding=(4, 4),
+        dilation=(1, 1),
+        groups=16,
+    )
+    return default._replace(**changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,75 +53,75 @@ def problem(**changes) -> Problem:
 def test_every_candidate_gives_the_same_numbers(dtype, memory_format):
     p = problem(dtype=dtype, memory_format=memory_format)
     plans = candidates(p)
-    assert plans[0] == ConvPlan(16, (1, 1), memory_format), "first the convolution as it is"
+    assert plans[0] == ConvPlan(16, (1, 1), memory_format), "unchanged comes first"
     assert len(plans) == len(set(plans))
     assert {plan.memory_format for plan in plans} == {NCHW, CHANNELS_LAST}
     assert (2, 1) in {plan.tile for plan in plans}
     assert any(plan.tile == (2, 4) for plan in plans) == (dtype == torch.float32)
     conv, x = p.conv(), p.input()
     with torch.no_grad():
-        true = conv.double()(x.double())
+        expected = conv.double()(x.double())
         conv.to(dtype)
         for plan in plans:
             out = PlannedConv(conv, plan=plan, memory_format=memory_format)(x)
             assert out.is_contiguous(memory_format=memory_format)
-            error = (out.double() - true).abs().max()
-            assert error <= 4 * torch.finfo(dtype).eps * true.abs().max(), plan
+            error = (out.double() - expected).abs().max()
+            assert error <= 4 * torch.finfo(dtype).eps * expected.abs().max(), plan
 
 
-def test_training_merges_only():
+def test_only_merges_are_candidates_in_training():
     plans = candidates(problem(training=True))
     assert plans == [ConvPlan(g, (1, 1), NCHW) for g in (16, 8, 4, 2, 1)]
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, milliseconds) -> None:
-    """Let each candidate take the time that ``milliseconds(plan)`` says."""
+def fake_timings(monkeypatch: pytest.MonkeyPatch, milliseconds) -> None:
+    """Replace the measured time of each candidate by ``milliseconds(plan)``."""
 
     def interleave(variants, clock, reps, seconds):
         return {plan: summarise([milliseconds(plan)] * 9) for plan in variants}
 
     monkeypatch.setattr(conv_planner, "interleave", interleave)
-    monkeypatch.setattr(conv_planner, "HOPELESS", float("inf"))
+    monkeypatch.setattr(conv_planner, "GIVE_UP_FACTOR", float("inf"))
 
 
-def test_takes_the_fastest(monkeypatch):
-    timed(monkeypatch, lambda plan: 1.0 if plan == ConvPlan(8, (2, 1), NCHW) else 2.0)
+def test_the_fastest_candidate_wins(monkeypatch):
+    fake_timings(monkeypatch, lambda plan: 1.0 if plan == ConvPlan(8, (2, 1), NCHW) else 2.0)
     assert fastest(problem()) == ConvPlan(8, (2, 1), NCHW)
-    timed(monkeypatch, lambda plan: 1.0 if plan.groups == 2 else 2.0)
+    fake_timings(monkeypatch, lambda plan: 1.0 if plan.groups == 2 else 2.0)
     assert fastest(problem(training=True)) == ConvPlan(2, (1, 1), NCHW)
 
 
-def test_a_tie_leaves_the_convolution_as_it_is(monkeypatch):
-    timed(monkeypatch, lambda plan: 1.0)
+def test_a_tie_leaves_the_convolution_unchanged(monkeypatch):
+    fake_timings(monkeypatch, lambda plan: 1.0)
     assert fastest(problem()) == ConvPlan(16, (1, 1), NCHW)
 
 
-def test_what_a_library_gets_wrong_is_out_however_fast(monkeypatch):
-    timed(monkeypatch, lambda plan: 1.0 if plan.tile[1] == 8 else 2.0 + plan.groups / 100)
-    right = PlannedConv.forward
+def test_a_wrong_candidate_never_wins(monkeypatch):
+    fake_timings(monkeypatch, lambda plan: 1.0 if plan.tile[1] == 8 else 2.0 + plan.groups / 100)
+    original = PlannedConv.forward
 
     def forward(self, x, *args, **options):
-        return right(self, x, *args, **options) * (1.001 if self.plan.tile[1] == 8 else 1)
+        return original(self, x, *args, **options) * (1.001 if self.plan.tile[1] == 8 else 1)
 
     monkeypatch.setattr(PlannedConv, "forward", forward)
     assert fastest(problem()).groups == 1
 
 
-def test_training_is_checked_down_to_the_gradients(monkeypatch):
-    timed(monkeypatch, lambda plan: float(plan.groups))
+def test_gradients_are_checked_in_training(monkeypatch):
+    fake_timings(monkeypatch, lambda plan: float(plan.groups))
     assert fastest(problem(training=True)).groups == 1
-    right = conv_planner.merged_conv
+    original = conv_planner.merged_conv
 
     def merged_conv(x, conv, groups):
-        # The same output, but in one group a gradient that is a thousandth off.
-        out = right(x, conv, groups)
+        # With one group the output is right, but the gradient is a thousandth off.
+        out = original(x, conv, groups)
         return out + 1e-3 * (out - out.detach()) if groups == 1 else out
 
     monkeypatch.setattr(conv_planner, "merged_conv", merged_conv)
     assert fastest(problem(training=True)).groups == 2
 
 
-def test_names_the_grouped_convolutions_of_psa_modules():
+def test_plans_are_for_the_grouped_convolutions_of_psa_modules():
     model = nn.ModuleDict({"a": ef.PSAModule(64, 64), "other": nn.Conv2d(64, 64, 3, groups=4)})
     model.forward = lambda x: model["other"](model["a"](x))
     model.train()
@@ -116,7 +132,7 @@ def test_names_the_grouped_convolutions_of_psa_modules():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_model_in_training_is_left_as_it_was():
+def test_planning_does_not_change_a_model_in_training():
     model = small().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan_convs(model, torch.randn(2, 3, 48, 40), training=True)
@@ -132,10 +148,10 @@ def test_a_model_made_in_inference_mode_can_be_planned():
     assert plan_convs(model, torch.randn(2, 3, 48, 40))
     other = small().eval()
     plan_convs(other, torch.randn(2, 3, 48, 40))
-    assert [p._version for p in other.buffers()] == versions, "nothing was written to"
+    assert [p._version for p in other.buffers()] == versions, "no buffer was written to"
 
 
-def test_what_is_known_is_not_measured_again(monkeypatch, tmp_path):
+def test_a_known_problem_is_not_measured_again(monkeypatch, tmp_path):
     module, file = ef.PSAModule(64, 64), tmp_path / "plans.json"
     x = torch.randn(1, 64, 8, 8)
     plans = plan_convs(module, x, file=file)
@@ -147,25 +163,25 @@ def test_what_is_known_is_not_measured_again(monkeypatch, tmp_path):
 
     monkeypatch.setattr(conv_planner, "fastest", measure)
     assert plan_convs(module, x) == plans
-    monkeypatch.setattr(conv_planner, "_known", {})
+    monkeypatch.setattr(conv_planner, "_plan_cache", {})
     before = file.read_bytes()
     assert plan_convs(module, x, file=file) == plans
     assert file.read_bytes() == before
     assert not measured
-    monkeypatch.setattr(conv_planner, "_known", {})
-    others = [
+    monkeypatch.setattr(conv_planner, "_plan_cache", {})
+    new_problems = [
         lambda: plan_convs(module, torch.randn(2, 64, 8, 8), file=file),
         lambda: plan_convs(module, x, memory_format=CHANNELS_LAST, file=file),
         lambda: plan_convs(module, x.contiguous(memory_format=CHANNELS_LAST), training=True),
         lambda: plan_convs(module.double(), x.double(), file=file),
     ]
-    for i, other in enumerate(others, 1):
-        other()
-        assert len(measured) == 3 * i, "another batch, layout, purpose, dtype is another problem"
+    for i, plan in enumerate(new_problems, 1):
+        plan()
+        assert len(measured) == 3 * i, "a new batch, memory format, mode or dtype is measured"
     assert len(json.loads(file.read_text())) == 12
 
 
-def test_under_autocast_the_convolutions_are_measured_as_it_runs_them(monkeypatch):
+def test_convolutions_are_measured_in_autocasts_dtype(monkeypatch):
     dtypes = []
     convolve = conv_planner.merged_conv
 
@@ -178,7 +194,7 @@ def test_under_autocast_the_convolutions_are_measured_as_it_runs_them(monkeypatc
     with torch.autocast("cpu", torch.bfloat16):
         plan_convs(ef.PSAModule(64, 64), torch.randn(1, 64, 9, 9), training=True)
         plan_convs(ef.PSAModule(64, 64).double(), torch.randn(1, 64, 9, 9).double(), training=True)
-    # The exact one in float32, the candidates in bfloat16; autocast leaves float64 alone.
+    # The expected result in float32, the candidates in bfloat16; autocast ignores float64.
     assert {kinds[0] for kinds in dtypes} == {torch.float32, torch.bfloat16, torch.float64}
     assert all(len(set(kinds)) == 1 for kinds in dtypes)
 
@@ -192,19 +208,19 @@ def test_threads_and_versions_are_part_of_the_key(monkeypatch, threads):
     assert len(keys) == 3
 
 
-def test_float32_counts_as_tf32_where_cudnn_may_take_that(monkeypatch):
+def test_float32_counts_as_tf32_where_cudnn_may_use_it(monkeypatch):
     monkeypatch.setattr(conv_planner, "device_name", str)
-    on_card = problem(device=torch.device("cuda"))
-    assert on_card.eps == torch.finfo(torch.float16).eps
-    assert on_card._replace(dtype=torch.float64).eps == torch.finfo(torch.float64).eps
-    key = on_card.key()
+    on_cuda = problem(device=torch.device("cuda"))
+    assert on_cuda.eps == torch.finfo(torch.float16).eps
+    assert on_cuda._replace(dtype=torch.float64).eps == torch.finfo(torch.float64).eps
+    key = on_cuda.key()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        assert on_card.eps == problem().eps == torch.finfo(torch.float32).eps
-        assert on_card.key() != key
+        assert on_cuda.eps == problem().eps == torch.finfo(torch.float32).eps
+        assert on_cuda.key() != key
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": [1, 2]}', '{"a": [1, 1, 1, "odd"]}'])
-def test_a_file_of_something_else_is_refused_and_kept(tmp_path, text):
+def test_a_file_without_plans_is_refused_and_kept(tmp_path, text):
     file = tmp_path / "plans.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"file must hold plans .*plans\.json"):
@@ -218,22 +234,20 @@ def small(**options) -> ef.EPSANet:
 
 
 def merges(model: nn.Module) -> dict[str, ConvPlan]:
-    """Some merge for nearly every convolution."""
+    """Return a merge for each grouped convolution but the first."""
     names = [n for n, m in model.named_modules() if "conv_" in n and n[-1] in "234"]
     groups = {"2": 2, "3": 2, "4": 1}
     return {name: ConvPlan(groups[name[-1]]) for name in names[1:]}
 
 
-def test_ten_steps_merged_are_ten_steps_grouped():
-    """In float64: in float32 a network that trains soon carries any rounding anywhere."""
+def test_ten_training_steps_with_merged_groups_give_the_same_weights():
+    """In float64, because training amplifies the rounding of float32."""
     results = []
     for merged in (False, True):
         model = small().double()
         if merged:
             use_plans(model, merges(model))
-            assert [m.merged_groups for m in model.modules() if hasattr(m, "merged_groups")][1] == (
-                1, 2, 2, 1,
-            )  # fmt: skip
+            assert model.layer2[0].conv2.merged_groups == (1, 2, 2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
         losses = []
@@ -254,7 +268,7 @@ def test_ten_steps_merged_are_ten_steps_grouped():
             assert distance <= 1e-9, name
 
 
-def test_plans_can_be_taken_back():
+def test_plans_can_be_undone():
     model = small()
     use_plans(model, merges(model))
     use_plans(model, {})
@@ -269,7 +283,7 @@ def test_plans_can_be_taken_back():
         ({"layer1.0.conv2.conv_4": ConvPlan(4, (1, 2))}, "one pixel at a time"),
     ],
 )
-def test_plans_that_do_not_fit_are_refused_whole(plans, says):
+def test_nothing_changes_if_one_plan_does_not_fit(plans, says):
     model = small()
     with pytest.raises(ValueError, match=says):
         use_plans(model, merges(model) | plans)

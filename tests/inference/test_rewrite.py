@@ -1,4 +1,4 @@
-"""A rewritten model computes what it did before: each rewrite, and all of them."""
+"""Rewritten models give the numbers of the original, with each rewrite and with all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.inference.blocks import PlannedBlock, PlannedStage, Rewrites
-from epsanet_fused.inference.rewrite import apply, find_targets
+from epsanet_fused.inference.rewrite import apply_rewrites, find_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORKS = [ef.epsanet50, ef.epsanet101, ef.epsanet50_large, ef.epsanet101_large]
@@ -34,39 +34,39 @@ def test_each_rewrite_alone_and_all_together(build):
     x = torch.randn(1, 3, 225, 193)
     model = calibrate(build(num_classes=10, fused=False), torch.randn(2, 3, 225, 193))
     with torch.no_grad():
-        true = model(x)
+        expected = model(x)
         targets = find_targets(model, (x,))
         assert len(targets.blocks) == {50: 16, 101: 33}[int(build.__name__[7:].split("_")[0])]
-        assert targets.stems == targets.rectified == [""]
-        assert not targets.psas and not targets.left_alone
+        assert targets.stems == targets.relu_stems == [""]
+        assert not targets.psas and not targets.skipped
         for name, rewrites in ALONE.items():
-            out = apply(model, targets, rewrites(model))(x)
-            assert (out - true).abs().max() <= 1e-4 * true.abs().max(), name
-        assert torch.equal(model(x), true), "and the model is what it was"
+            out = apply_rewrites(model, targets, rewrites(model))(x)
+            assert (out - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+        assert torch.equal(model(x), expected), "the model itself is unchanged"
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_in_float64_only_the_order_of_sums_differs(name):
-    """Rounding is too small here for a wrong formula to hide in it."""
+    """The rounding of float64 is too small to hide a wrong formula."""
     model, x = small().double(), torch.randn(2, 3, 65, 47, dtype=torch.float64)
     assert_same(model, rewritten(model, x, ALONE[name](model)), x, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_is_no_further_off_than_plain_pytorch(dtype):
-    """Half a dozen images together: the worst of a few logits by themselves is luck."""
+def test_16_bit_errors_are_at_most_twice_those_of_plain_pytorch(dtype):
+    """Six images together: the largest error of a few logits varies too much."""
     model, x = small(), torch.randn(6, 3, 64, 64)
     with torch.no_grad():
-        true = copy.deepcopy(model).double()(x.double())
+        expected = copy.deepcopy(model).double()(x.double())
         plain = copy.deepcopy(model).to(dtype)
         made = rewritten(plain, x.to(dtype), ALONE["all"](plain))
-        limit = 2 * (plain(x.to(dtype)).double() - true).norm()
-        limit += torch.finfo(dtype).eps / 2 * true.norm()
-        assert (made(x.to(dtype)).double() - true).norm() <= limit
+        limit = 2 * (plain(x.to(dtype)).double() - expected).norm()
+        limit += torch.finfo(dtype).eps / 2 * expected.norm()
+        assert (made(x.to(dtype)).double() - expected).norm() <= limit
 
 
 @pytest.mark.parametrize("name", ["all", "all nchw"])
-def test_other_batches_sizes_and_formats_than_the_examples(name):
+def test_other_batches_sizes_and_memory_formats_than_the_examples(name):
     model, x = small(), torch.randn(2, 3, 64, 64)
     made = rewritten(model, x, ALONE[name](model)).requires_grad_(False)
     others = [torch.randn(5, 3, 64, 64), torch.randn(1, 3, 33, 129), torch.randn(0, 3, 64, 64)]
@@ -79,36 +79,36 @@ def test_other_batches_sizes_and_formats_than_the_examples(name):
 
 
 @pytest.mark.parametrize(
-    "again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-def test_copies_are_models_of_their_own(again):
+def test_copies_are_independent(copied):
     model, x = small(), torch.randn(2, 3, 64, 64)
     made = all_on(x, model)
     out = made(x)
-    twin = again(made)
-    assert torch.equal(twin(x), out)
+    copy_ = copied(made)
+    assert torch.equal(copy_(x), out)
     with torch.no_grad():
-        twin.layer1[0].bn3.weight.mul_(2)
-        twin.conv1.weight.mul_(2)
-    assert not torch.equal(twin(x), out)
+        copy_.layer1[0].bn3.weight.mul_(2)
+        copy_.conv1.weight.mul_(2)
+    assert not torch.equal(copy_(x), out)
     assert torch.equal(made(x), out)
-    model.load_state_dict(twin.state_dict())
-    assert_same(model, twin, x)
+    model.load_state_dict(copy_.state_dict())
+    assert_same(model, copy_, x)
 
 
-def test_a_checkpoint_loaded_later_counts():
+def test_follows_a_checkpoint_that_is_loaded_later():
     model, x = small(), torch.randn(2, 3, 64, 64)
     made = rewritten(copy.deepcopy(model), x, ALONE["all"](model))
     with torch.no_grad():
         made(x)
     torch.manual_seed(5)
-    other = calibrate(ef.EPSANet(ef.EPSABlock, (1, 2, 1, 1), 5, planes=(64, 64, 64, 128)),
-                      torch.randn(4, 3, 64, 64))  # fmt: skip
+    other = ef.EPSANet(ef.EPSABlock, (1, 2, 1, 1), 5, planes=(64, 64, 64, 128))
+    calibrate(other, torch.randn(4, 3, 64, 64))
     made.load_state_dict(other.state_dict())
     assert_same(other, made, x)
 
 
-def test_blocks_are_known_by_structure():
+def test_blocks_are_found_by_structure():
     model, x = official(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         targets = find_targets(model, (x,))
@@ -129,14 +129,14 @@ def test_stages_keep_the_names_of_their_blocks():
     assert_same(model, made, x)
 
 
-def test_resnets_bottlenecks_too():
+def test_resnets_bottlenecks_are_rewritten():
     model = small(ResNetBlock)
     x = torch.randn(2, 3, 64, 64)
     for rewrites in ALONE.values():
         assert_same(model, rewritten(model, x, rewrites(model)), x)
 
 
-def test_a_stem_that_is_watched_is_left_alone():
+def test_a_stem_with_hooks_is_not_rewritten():
     model, x = small(), torch.randn(2, 3, 64, 64)
     seen = []
     model.bn1.register_forward_hook(lambda _m, _a, out: seen.append(out))
@@ -146,8 +146,8 @@ def test_a_stem_that_is_watched_is_left_alone():
     assert torch.equal(seen[0], seen[1])
 
 
-class Early(ef.EPSANet):
-    """Its stem's norm is read before the relu."""
+class ReadsNorm(ef.EPSANet):
+    """A network that reads its stem's norm before the relu."""
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.bn1(self.conv1(x))
@@ -167,33 +167,33 @@ def test_the_relu_of_a_stem_runs_with_its_convolution():
     assert isinstance(rewritten(model, x, Rewrites(fused_calls=False)).relu, nn.ReLU)
 
 
-@pytest.mark.parametrize("reason", ["read before", "called twice", "watched", "a function"])
-def test_a_relu_stays_where_it_is_if_somebody_would_notice(reason):
+@pytest.mark.parametrize("reason", ["norm is read", "called twice", "has hooks", "a function"])
+def test_the_relu_of_a_stem_stays_if_moving_it_would_show(reason):
     model, x = small(), torch.randn(1, 3, 64, 64)
-    if reason == "read before":
-        model.__class__ = Early
+    if reason == "norm is read":
+        model.__class__ = ReadsNorm
     elif reason == "called twice":
         model.avgpool = nn.Sequential(model.avgpool, model.relu)
-    elif reason == "watched":
+    elif reason == "has hooks":
         model.relu.register_forward_pre_hook(lambda _module, _inputs: None)
     else:
         del model.relu
         model.relu = torch.relu
     with torch.no_grad():
         targets = find_targets(model, (x,))
-    assert targets.stems == [""] and not targets.rectified
+    assert targets.stems == [""] and not targets.relu_stems
     made = all_on(x, model)
     assert type(made.relu) is type(model.relu)
     assert_same(model, made, x)
 
 
-def test_nobody_sees_a_block_write_over_its_input():
+def test_a_block_overwrites_only_inputs_that_nothing_else_holds():
     model, x = small(), torch.randn(2, 3, 64, 64)
     made = all_on(x, model)
     stage = made.layer2
     assert isinstance(stage, PlannedStage) and len(stage) == 2
     before = x.clone()
-    true = made(x)
+    expected = made(x)
     assert torch.equal(x, before)
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -202,12 +202,12 @@ def test_nobody_sees_a_block_write_over_its_input():
 
     down = stage[0].downsample
     afterwards, before_it = (stage[0], down, down[0]), (stage[1], stage[1].conv1)
-    watchers = [(m.register_forward_hook, lambda _m, _a, out: keep(out)) for m in afterwards]
-    watchers += [(m.register_forward_pre_hook, lambda _m, args: keep(args[0])) for m in before_it]
-    for register, watcher in watchers:
-        hook = register(watcher)
-        assert torch.equal(made(x), true)
-        hook.remove()
+    hooks = [(m.register_forward_hook, lambda _m, _a, out: keep(out)) for m in afterwards]
+    hooks += [(m.register_forward_pre_hook, lambda _m, args: keep(args[0])) for m in before_it]
+    for register, hook in hooks:
+        handle = register(hook)
+        assert torch.equal(made(x), expected)
+        handle.remove()
         assert seen and all(torch.equal(now, then) for now, then in seen)
         seen.clear()
     features = torch.randn(2, 256, 16, 16).to(memory_format=CHANNELS_LAST)
@@ -231,7 +231,7 @@ def test_a_frozen_copy_compiles_without_graph_breaks():
         with torch.profiler.profile() as profile:
             compiled(x)
         ran = {event.key for event in profile.key_averages()}
-        # Only with a weight that is a constant, merged and widened beforehand, it is this one.
+        # These are called only if the merged and tiled weight has become a constant.
         packed = {"mkldnn::_convolution_pointwise", "mkldnn::_convolution_pointwise_"}
         assert packed >= {name for name in ran if "convolution" in name} != set()
         exported = torch.export.export(made, (x,)).module()
