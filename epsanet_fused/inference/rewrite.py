@@ -104,9 +104,10 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
 
 def _fold_stem(stem: Any, name: str, relu: bool, rewrites: Rewrites) -> None:
     """Fold bn1, and with ``relu`` the ReLU after it, into the stem's conv1."""
+    # The convolution follows the norm that is in the model, which loading and casting change.
+    stem.bn1 = FoldedNorm(stem.bn1)
     conv_name = f"{name}.conv1".lstrip(".")
     stem.conv1 = rewrites.planned_conv(conv_name, stem.conv1, stem.bn1, relu)
-    stem.bn1 = FoldedNorm(stem.bn1)
     if relu:
         stem.relu = nn.Identity()
 
