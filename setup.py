@@ -1,10 +1,11 @@
-"""Builds the compiled library; all metadata is in pyproject.toml.
+"""Build the compiled library; all metadata is in pyproject.toml.
 
-EPSANET_FUSED_BUILD says what to build:
+The environment variable EPSANET_FUSED_BUILD selects what to build:
 
-- ``auto`` (default): as much as this machine can, and a pure-Python package where that is nothing;
+- ``auto`` (default): as much as this machine can build, at least a pure-Python package;
 - ``0``: a pure-Python package;
-- ``cpu``: the CPU kernels; ``cuda``: the CPU and the CUDA kernels; both fail rather than do less.
+- ``cpu``: the CPU kernels, or fail;
+- ``cuda``: the CPU and the CUDA kernels, or fail.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MODE = os.environ.get("EPSANET_FUSED_BUILD", "auto")
 MODES = ("auto", "0", "cpu", "cuda")
 SOURCES = (".cpp", ".cu")
 ARCHS = (80, 90, 100, 120)
-# The first torch whose stable ABI has what the bindings use: one library serves it and all later.
+# The oldest torch whose stable ABI has all that the bindings use; the library works with it and all
+# later ones.
 TORCH_TARGET = "0x020a000000000000"
 HOST_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
@@ -32,7 +34,7 @@ NVCC_FLAGS += ["-Xfatbin=-compress-all"]
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit: its folder, that of the static runtime, and the archs nvcc knows of ours."""
+    """A CUDA toolkit: its folder, the static runtime's folder, and the ARCHS that nvcc supports."""
 
     home: Path
     libraries: Path
@@ -40,16 +42,16 @@ class Toolkit(NamedTuple):
 
 
 class UnavailableError(Exception):
-    """Something can't be built here; the message says why."""
+    """This machine can't build something; the message is the reason."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"epsanet_fused: {text}", file=sys.stderr, flush=True)
 
 
 def import_torch() -> None:
-    # pip builds apart from the installed packages, where torch would be downloaded a second time;
-    # what is compiled against the installed one runs with it, and with any other.
+    # pip builds in an isolated environment. If torch were a build requirement, pip would download
+    # it again; so use the installed one. The library works with other versions of torch too.
     sys.path.append(sysconfig.get_path("platlib"))
     try:
         import torch  # noqa: F401
@@ -79,21 +81,21 @@ def find_toolkit() -> Toolkit:
     on_path = shutil.which("nvcc")
     candidates = [Path(named)] if named else []
     if not named:
-        if on_path:  # the nvcc on PATH may be a link, or a script that stands outside the toolkit
+        if on_path:  # may be a link, or a wrapper script outside of the toolkit
             candidates.append(Path(on_path).resolve().parent.parent)
         candidates.append(Path("/usr/local/cuda"))
     for home in candidates:
         for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
             static = home / folder / "libcudart_static.a"
             if (home / "bin/nvcc").exists() and static.exists():
-                return Toolkit(home.resolve(), static.parent, known_archs(home / "bin/nvcc"))
-    looked = ", ".join(str(home) for home in candidates)
+                return Toolkit(home.resolve(), static.parent, supported_archs(home / "bin/nvcc"))
+    searched = ", ".join(str(home) for home in candidates)
     raise UnavailableError(
-        f"no CUDA toolkit (bin/nvcc and libcudart_static.a) in {looked}; CUDA_HOME names another"
+        f"no CUDA toolkit (bin/nvcc and libcudart_static.a) in {searched}; CUDA_HOME names another"
     )
 
 
-def known_archs(nvcc: Path) -> tuple[int, ...]:
+def supported_archs(nvcc: Path) -> tuple[int, ...]:
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     archs = tuple(arch for arch in ARCHS if f"compute_{arch}" in listed.stdout.split())
     if 90 not in archs:
@@ -102,19 +104,19 @@ def known_archs(nvcc: Path) -> tuple[int, ...]:
 
 
 class Plan(NamedTuple):
-    """Whether to build a library, the toolkit if it is to have CUDA, and why not more."""
+    """What to build: a library or none, with CUDA if there is a toolkit; ``note``: why without."""
 
-    builds: bool
+    has_library: bool
     toolkit: Toolkit | None = None
     note: str = ""
 
 
-def plan() -> Plan:
-    """Decides what to build, and says it in one line."""
+def make_plan() -> Plan:
+    """Decide what to build, and log it in one line."""
     if MODE not in MODES:
         sys.exit(f"EPSANET_FUSED_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
     if MODE == "0":
-        say("building a pure-Python package, as EPSANET_FUSED_BUILD=0 says")
+        log("building a pure-Python package, as EPSANET_FUSED_BUILD=0 says")
         return Plan(False)
     try:
         check_host()
@@ -122,7 +124,7 @@ def plan() -> Plan:
     except UnavailableError as reason:
         if MODE != "auto":
             sys.exit(f"epsanet_fused: EPSANET_FUSED_BUILD={MODE}, but {reason}")
-        say(f"building a PURE-PYTHON package, without compiled kernels: {reason}")
+        log(f"building a PURE-PYTHON package, without compiled kernels: {reason}")
         return Plan(False)
     if MODE == "cpu":
         return without_cuda("EPSANET_FUSED_BUILD was cpu")
@@ -133,17 +135,19 @@ def plan() -> Plan:
             sys.exit(f"epsanet_fused: EPSANET_FUSED_BUILD=cuda, but {reason}")
         return without_cuda(str(reason))
     missing = [f"sm_{arch}" for arch in ARCHS if arch not in toolkit.archs]
-    less = f", not {', '.join(missing)}, which it doesn't know" if missing else ""
-    say(f"building the CPU and CUDA kernels, with {toolkit.home} for {names(toolkit)}{less}")
+    archs = arch_names(toolkit)
+    if missing:
+        archs += f", not {', '.join(missing)}, which it doesn't know"
+    log(f"building the CPU and CUDA kernels, with {toolkit.home} for {archs}")
     return Plan(True, toolkit)
 
 
 def without_cuda(reason: str) -> Plan:
-    say(f"building the CPU kernels, without CUDA: {reason}")
+    log(f"building the CPU kernels, without CUDA: {reason}")
     return Plan(True, None, reason)
 
 
-def names(toolkit: Toolkit) -> str:
+def arch_names(toolkit: Toolkit) -> str:
     return f"{' '.join(f'sm_{arch}' for arch in toolkit.archs)} compute_{toolkit.archs[-1]}"
 
 
@@ -158,7 +162,7 @@ def extension(toolkit: Toolkit | None, note: str):
     folders: list[str] = []
     if toolkit is not None:
         sources += [str(p) for p in sorted(Path("csrc/cuda").iterdir()) if p.suffix in SOURCES]
-        host += ["-DUSE_CUDA", f'-DPSA_WITH_CUDA="{names(toolkit)}"']
+        host += ["-DUSE_CUDA", f'-DPSA_WITH_CUDA="{arch_names(toolkit)}"']
         newest = toolkit.archs[-1]
         nvcc = [*NVCC_FLAGS, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
         nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in toolkit.archs]
@@ -176,13 +180,13 @@ def extension(toolkit: Toolkit | None, note: str):
     )
 
 
-def builder(toolkit: Toolkit | None):
-    """BuildExtension, told of the toolkit, which torch looks for only if it has CUDA itself."""
+def build_command(toolkit: Toolkit | None):
+    """Return BuildExtension with the toolkit set; a CPU-only torch doesn't look for one."""
     from torch.utils import cpp_extension
 
     if toolkit is not None:
         cpp_extension.CUDA_HOME = str(toolkit.home)
-        # It asks for the CUDA version of torch. The kernels link a runtime of their own.
+        # It compares the toolkit's version with torch's. The kernels link a runtime of their own.
         cpp_extension._check_cuda_version = lambda *args: None
 
     class Build(cpp_extension.BuildExtension):
@@ -192,7 +196,7 @@ def builder(toolkit: Toolkit | None):
             except Exception as error:
                 if MODE != "auto":
                     raise
-                say(f"building a PURE-PYTHON package, as the compiled library FAILED: {error}")
+                log(f"building a PURE-PYTHON package, as the compiled library FAILED: {error}")
                 self.extensions = []
 
         def copy_extensions_to_source(self) -> None:
@@ -202,11 +206,11 @@ def builder(toolkit: Toolkit | None):
     return Build
 
 
-made = plan() if "egg_info" not in sys.argv else Plan(False)
-if made.builds:
+plan = make_plan() if "egg_info" not in sys.argv else Plan(False)
+if plan.has_library:
     setup(
-        ext_modules=[extension(made.toolkit, made.note)],
-        cmdclass={"build_ext": builder(made.toolkit)},
+        ext_modules=[extension(plan.toolkit, plan.note)],
+        cmdclass={"build_ext": build_command(plan.toolkit)},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 else:

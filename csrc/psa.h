@@ -1,7 +1,9 @@
-// What the operator asks of the kernels of a device. No torch and no CUDA in here.
+// The interface between the operators' bindings and the kernels of a device. It needs neither
+// PyTorch nor CUDA.
 //
-// Shapes and names are those of the paper: S branches (B, C, H, W), whose concatenation in reverse,
-// the "cat", is (B, S * C, H, W). H and W are one run of HW pixels.
+// Shapes and names are those of the paper: S branches of shape (B, C, H, W). "concat" is their
+// concatenation along the channels in reverse order, branch S - 1 first: (B, S * C, H, W). The
+// kernels see H and W as one dimension of HW pixels.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +16,14 @@ inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// A tensor (B, C or S * C, HW), its strides in elements. A stride may be 0.
+// A tensor (B, C, HW) or (B, S * C, HW) with its strides in elements. A stride may be 0.
 struct Strided {
   void* data;
   int64_t batch, channel, pixel;
 };
 
-// One of the small tensors: (rows, columns) with strides in elements, or a vector of rows. Each has
-// a dtype of its own. No data where the argument isn't given.
+// A matrix (rows, columns), or a vector of rows, with its strides in elements and a dtype of its
+// own. `data` is null if the argument isn't given.
 struct Matrix {
   void* data;
   Dtype dtype;
@@ -29,19 +31,20 @@ struct Matrix {
 };
 
 // The SE module: fc1_weight (R, C), fc1_bias (R), fc2_weight (C, R), fc2_bias (C).
-struct Excitation {
+struct SEWeights {
   int64_t R;
   Matrix fc1_weight, fc1_bias, fc2_weight, fc2_bias;
 };
 
-// What forward and backward share. Sums are in float, or in double for float64: the type of squeeze
-// and attention, which are contiguous (B, S, C), written by the forward and read by the backward.
+// The arguments of both forward and backward. The accumulator's type is float, or double for
+// float64. squeeze and attention are contiguous (B, S, C) in the accumulator's type; the forward
+// writes them and the backward reads them.
 struct Tail {
   int64_t B, S, C, HW;
-  Dtype dtype;              // of the branches, their gradients and the cat
+  Dtype dtype;              // of the branches, their gradients and concat
   const Strided* branches;  // S of them
-  Strided cat;              // forward: the output, to write; backward: its gradient, to read
-  Excitation se;
+  Strided concat;           // forward: the output, written; backward: its gradient, read
+  SEWeights se;
   void* squeeze;
   void* attention;
 };
@@ -52,26 +55,27 @@ struct Epilogue {
   bool relu;
 };
 
-// What the backward writes; null where it isn't asked for.
+// The gradients that the backward writes.
 struct Gradients {
-  const Strided* branches;  // S of them
-  bool fc;                  // whether the four matrices below are to be written
+  const Strided* branches;  // S of them, or null if they aren't requested
+  bool fc;                  // whether to write the four gradients below
   Matrix fc1_weight, fc1_bias, fc2_weight, fc2_bias;
 };
 
-// The norm between the cat and its relu. Gamma and beta, mean and (biased) variance are vectors of
-// S * C in the order of the output's channels; the deviation is (B, S, C), the sum over a sample's
-// pixels of the squared difference to the squeeze. The last three are contiguous, in the sums'
-// type, written by the forward and read by the backward.
+// The batch norm between concat and its ReLU. gamma, beta, mean and (biased) var are vectors of
+// S * C in the order of the output's channels. m2 (B, S, C) is the sum over a sample's pixels of
+// the squared difference from squeeze. m2, mean and var are contiguous, in the accumulator's type;
+// the forward writes them and the backward reads them.
 struct Norm {
   Matrix gamma, beta;
   double eps;
-  void* deviation;
+  void* m2;
   void* mean;
   void* var;
 };
 
-// What the backward writes with a norm; no data where it isn't asked for.
+// The gradients that the backward writes with a norm; those of gamma and beta have no data if they
+// aren't requested.
 struct NormGradients {
   Gradients tail;
   Matrix gamma, beta;

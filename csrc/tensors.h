@@ -1,4 +1,4 @@
-// Between PyTorch's tensors and psa.h: checks, strides, memory formats, new tensors.
+// Converts PyTorch's tensors to the types of psa.h, checks them and allocates new ones.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -60,7 +60,7 @@ inline Tensor empty_image(int64_t B, int64_t C, int64_t H, int64_t W, bool chann
   return empty_strided({B, C, H, W}, {H * W * C, 1, W * C, C}, like.scalar_type(), like);
 }
 
-// layout.py's rule, which the fake kernels follow too.
+// The rule of utils/memory_format.py, which the fake kernels follow too.
 inline bool is_channels_last(const Tensor& x) {
   const auto size = x.sizes(), stride = x.strides();
   const int64_t C = size[1], H = size[2], W = size[3];
@@ -75,8 +75,8 @@ inline bool all_channels_last(const std::vector<Tensor>& tensors) {
   return true;
 }
 
-// x itself if one stride leads from each pixel to the next, over rows too; else a copy.
-inline Tensor pixels_in_a_run(const Tensor& x) {
+// Returns x if one stride leads from each pixel to the next, across rows too; else a copy.
+inline Tensor with_uniform_pixel_stride(const Tensor& x) {
   const auto size = x.sizes(), stride = x.strides();
   if (size[2] == 1 || size[3] == 1 || stride[2] == size[3] * stride[3]) return x;
   return torch::stable::contiguous(x, is_channels_last(x)
@@ -84,8 +84,8 @@ inline Tensor pixels_in_a_run(const Tensor& x) {
                                           : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-// A stride along a dimension of size one means nothing: what is said there are the strides that a
-// dense tensor would have, so that such tensors still count as dense.
+// The stride of a dimension of size one is meaningless. This returns the stride that a dense tensor
+// would have there, so that the kernels recognize such tensors as dense.
 inline Strided strided(const Tensor& x, void* data) {
   const auto size = x.sizes(), stride = x.strides();
   const int64_t C = size[1], HW = size[2] * size[3];
@@ -104,8 +104,8 @@ inline Matrix matrix(const Tensor& m, const char* name, bool writable = false) {
 }
 
 inline bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  const auto own = x.sizes();
-  return own.size() == sizes.size() && std::equal(own.begin(), own.end(), sizes.begin());
+  const auto actual = x.sizes();
+  return actual.size() == sizes.size() && std::equal(actual.begin(), actual.end(), sizes.begin());
 }
 
 inline void check_device(const Tensor& x, const char* name, const Tensor& like) {
@@ -119,7 +119,7 @@ inline void check(const Tensor& x, const char* name, const Tensor& like,
   check_device(x, name, like);
 }
 
-// (rows, columns), or with the 1 x 1 of a convolution's weight.
+// Checks for (rows, columns), or (rows, columns, 1, 1) as the weight of a 1x1 convolution has.
 inline void check_weight(const Tensor& x, const char* name, const Tensor& like, int64_t rows,
                          int64_t columns) {
   STD_TORCH_CHECK(has_sizes(x, {rows, columns}) || has_sizes(x, {rows, columns, 1, 1}),

@@ -1,4 +1,4 @@
-"""What setup.py builds, what it says, and what a package without a working library does."""
+"""setup.py builds what it is asked for; a package without a working library runs all the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ USE = (
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of what a source distribution has."""
+    """Return the folder of a copy of the source distribution's files."""
     copy = tmp_path / "source"
     skip = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("csrc", "epsanet_fused"):
@@ -40,35 +40,44 @@ def source(tmp_path: Path) -> Path:
 def setup(
     source: Path, *command: str, before: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """setup.py in a process of its own, after some Python code."""
+    """Run setup.py in a process of its own, after the Python code ``before``."""
     code = f"{before}\nimport runpy; runpy.run_path('setup.py', run_name='__main__')"
+    return run_python("-c", code, *command, cwd=source, **env)
+
+
+def run_python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *command],
-        cwd=source, env=os.environ | env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def bdist(source: Path, **kwargs: str) -> tuple[str, Path]:
-    """The line that it says, and the wheel."""
+    """Build a wheel. Return the last line that setup.py logs, and the wheel."""
     done = setup(source, "-q", "bdist_wheel", **kwargs)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (source / "dist").glob("*.whl")
-    said = [line for line in done.stderr.splitlines() if line.startswith("epsanet_fused: ")]
-    return said[-1].removeprefix("epsanet_fused: "), wheel
+    logged = [line for line in done.stderr.splitlines() if line.startswith("epsanet_fused: ")]
+    return logged[-1].removeprefix("epsanet_fused: "), wheel
 
 
 def use(wheel: Path) -> tuple[str, str]:
-    """What the wheel's package says of its backend "cpu", and its one warning."""
+    """Run USE with the wheel's package. Return the status of backend "cpu", and the warning."""
+    return use_folder(extract(wheel))
+
+
+def extract(wheel: Path) -> Path:
     site = wheel.parent / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    return use_folder(site)
+    return site
 
 
 def use_folder(site: Path) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", USE], env=os.environ | {"PYTHONPATH": str(site)},
-        cwd=site, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_python("-c", USE, cwd=site, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     file, status, warning = done.stdout.splitlines()
     assert file.startswith(str(site))
@@ -105,8 +114,8 @@ def test_without_torch_fails_hard_too(source: Path) -> None:
 
 
 def test_mode_0_makes_a_pure_python_package_that_works(source: Path) -> None:
-    said, wheel = bdist(source, EPSANET_FUSED_BUILD="0")
-    assert said == "building a pure-Python package, as EPSANET_FUSED_BUILD=0 says"
+    logged, wheel = bdist(source, EPSANET_FUSED_BUILD="0")
+    assert logged == "building a pure-Python package, as EPSANET_FUSED_BUILD=0 says"
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     status, warning = use(wheel)
@@ -124,28 +133,25 @@ def test_mode_0_makes_a_pure_python_package_that_works(source: Path) -> None:
     ],
     ids=["no torch", "no compiler", "a failing compiler"],
 )
-def test_auto_says_aloud_why_there_is_no_library(
+def test_auto_logs_why_there_is_no_library(
     source: Path, before: str, env: dict[str, str], reason: str
 ) -> None:
-    said, wheel = bdist(source, before=before, EPSANET_FUSED_BUILD="auto", **env)
-    assert said.startswith("building a PURE-PYTHON package")
-    assert reason in said
+    logged, wheel = bdist(source, before=before, EPSANET_FUSED_BUILD="auto", **env)
+    assert logged.startswith("building a PURE-PYTHON package")
+    assert reason in logged
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     assert "this is a pure-Python package" in use(wheel)[0]
 
 
 @pytest.mark.slow
-def test_auto_without_a_toolkit_builds_the_cpu_half_and_remembers_why(source: Path) -> None:
-    said, wheel = bdist(source, EPSANET_FUSED_BUILD="auto", CUDA_HOME="/no where (yet)")
-    assert said.startswith("building the CPU kernels, without CUDA: no CUDA toolkit")
+def test_auto_without_a_toolkit_builds_the_cpu_kernels_and_records_why(source: Path) -> None:
+    logged, wheel = bdist(source, EPSANET_FUSED_BUILD="auto", CUDA_HOME="/no where (yet)")
+    assert logged.startswith("building the CPU kernels, without CUDA: no CUDA toolkit")
     assert "-abi3-" in wheel.name
-    site = wheel.parent / "site"
-    zipfile.ZipFile(wheel).extractall(site)
+    site = extract(wheel)
     code = "import epsanet_fused as ef; print(*ef.list_backends().values(), sep='\\n')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(site)},
-        cwd=site, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_python("-c", code, cwd=site, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
     _, cpu, _, cuda = done.stdout.splitlines()
     assert cpu == "Backend(available=True, reason='')"
     assert "built without CUDA: no CUDA toolkit" in cuda
@@ -160,11 +166,8 @@ def test_a_library_that_does_not_load_leaves_a_working_package(
     (tmp_path / "epsanet_fused/_C.abi3.so").write_bytes(content)
     status, warning = use_folder(tmp_path)
     assert "the compiled library doesn't load: " in status
-    assert "file too short" in status or "invalid ELF header" in status  # the loader's words
+    assert "file too short" in status or "invalid ELF header" in status  # the loader's messages
     assert "slower" in warning
-    report = subprocess.run(
-        [sys.executable, "-m", "epsanet_fused"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    report = run_python("-m", "epsanet_fused", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert report.returncode == 0
     assert "cannot run: the compiled library doesn't load" in report.stdout

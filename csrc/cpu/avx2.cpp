@@ -1,4 +1,4 @@
-// The CPU kernels for avx2.
+// The CPU kernels for AVX2.
 #include "kernels.h"
 
 #ifdef __x86_64__
@@ -9,14 +9,7 @@
 #endif
 #define PSA_NAMESPACE avx2
 #define PSA_VECTOR_BYTES 32
-#include "vec.h"
-#include "rows.h"
-#include "gate.h"
-#include "tail.h"
-#include "gate_backward.h"
-#include "passes.h"
-#include "norm_rows.h"
-#include "norm.h"
+#include "all_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

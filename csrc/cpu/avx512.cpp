@@ -1,4 +1,4 @@
-// The CPU kernels for avx512.
+// The CPU kernels for AVX-512.
 #include "kernels.h"
 
 #ifdef __x86_64__
@@ -11,14 +11,7 @@
 #endif
 #define PSA_NAMESPACE avx512
 #define PSA_VECTOR_BYTES 64
-#include "vec.h"
-#include "rows.h"
-#include "gate.h"
-#include "tail.h"
-#include "gate_backward.h"
-#include "passes.h"
-#include "norm_rows.h"
-#include "norm.h"
+#include "all_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

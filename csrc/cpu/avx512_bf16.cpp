@@ -1,4 +1,4 @@
-// The CPU kernels for avx512_bf16.
+// The CPU kernels for AVX-512 with bfloat16 conversions.
 #include "kernels.h"
 
 #ifdef __x86_64__
@@ -12,14 +12,7 @@
 #define PSA_NAMESPACE avx512_bf16
 #define PSA_VECTOR_BYTES 64
 #define PSA_AVX512_BF16
-#include "vec.h"
-#include "rows.h"
-#include "gate.h"
-#include "tail.h"
-#include "gate_backward.h"
-#include "passes.h"
-#include "norm_rows.h"
-#include "norm.h"
+#include "all_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -1,4 +1,4 @@
-// Chooses the instruction set, once.
+// Chooses the instruction set, once per process.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -26,7 +26,7 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #ifdef __x86_64__
     __builtin_cpu_init();
-    // Not every compiler knows to ask for f16c; whatever has AVX2 has had it for longer.
+    // Not every compiler can query f16c; every CPU with AVX2 has it.
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 =
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

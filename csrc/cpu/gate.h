@@ -1,9 +1,10 @@
-// Squeeze to attention and the way back, one sample at a time. Rows of C numbers are padded to
-// whole vectors; what lies in the padding must not get into a sum over channels.
+// The SE module and the softmax across branches, forward and backward, for one sample. Rows of C
+// numbers are padded to whole vectors, `ld` numbers each; sums over channels need zeros in the
+// padding.
 
 namespace psa::cpu::PSA_NAMESPACE {
 
-// Memory that starts on a vector's boundary.
+// Uninitialised memory, aligned to 64 bytes.
 template <class A>
 class Buffer {
  public:
@@ -23,7 +24,7 @@ int64_t padded(int64_t C) {
   return (C + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// Calls f with a null pointer of the element's type.
+// Calls f with a null pointer to the dtype's element type.
 template <class F>
 inline void with_type(Dtype dtype, const F& f) {
   switch (dtype) {
@@ -40,14 +41,14 @@ inline void with_type(Dtype dtype, const F& f) {
 
 // to[i * ld + j] = m[i, j].
 template <class A>
-void read(A* to, int64_t ld, const Matrix& m, int64_t rows, int64_t columns) {
+void read_matrix(A* to, int64_t ld, const Matrix& m, int64_t rows, int64_t columns) {
   with_type(m.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(m.data);
     for (int64_t i = 0; i < rows; ++i, data += m.row, to += ld) {
-      if (m.column == 1) {  // said apart, it is copied in vectors
-        for (int64_t j = 0; j < columns; ++j) to[j] = A(widen(data[j]));
+      if (m.column == 1) {  // a loop of its own, so that the compiler vectorises it
+        for (int64_t j = 0; j < columns; ++j) to[j] = A(to_acc(data[j]));
       } else {
-        for (int64_t j = 0; j < columns; ++j) to[j] = A(widen(data[j * m.column]));
+        for (int64_t j = 0; j < columns; ++j) to[j] = A(to_acc(data[j * m.column]));
       }
     }
   });
@@ -55,14 +56,14 @@ void read(A* to, int64_t ld, const Matrix& m, int64_t rows, int64_t columns) {
 
 // m[i, j] = from[i * row + j * column].
 template <class A>
-void write(const Matrix& m, int64_t rows, int64_t columns, const A* from, int64_t row,
-           int64_t column) {
+void write_matrix(const Matrix& m, int64_t rows, int64_t columns, const A* from, int64_t row,
+                  int64_t column) {
   with_type(m.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(m.data);
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
-        data[i * m.row + j * m.column] = narrow<T>(Acc<T>(from[i * row + j * column]));
+        data[i * m.row + j * m.column] = from_acc<T>(Acc<T>(from[i * row + j * column]));
       }
     }
   });
@@ -84,24 +85,24 @@ A dot(const A* a, const A* b, int64_t n) {
   return sum_lanes(s0 + s1);
 }
 
-// The SE module in the accumulator's type, both weights as (R, C), padded with zeros.
+// The SE module's weights in the accumulator's type, both as (R, ld), padded with zeros.
 template <class A>
-class Gate {
+class SEModule {
  public:
-  Gate(const Excitation& se, int64_t S, int64_t C)
+  SEModule(const SEWeights& se, int64_t S, int64_t C)
       : S(S), C(C), ld(padded<A>(C)), R(se.R), weights_(2 * R * ld + ld + R) {
     fc1_ = weights_.get();
     fc2_ = fc1_ + R * ld;
     fc2_bias_ = fc2_ + R * ld;
     fc1_bias_ = fc2_bias_ + ld;
     __builtin_memset(fc1_, 0, size_t(2 * R * ld + ld) * sizeof(A));
-    read(fc1_, ld, se.fc1_weight, R, C);
-    read(fc2_, ld, transposed(se.fc2_weight), R, C);
-    read(fc1_bias_, 1, se.fc1_bias, R, 1);
-    read(fc2_bias_, 1, se.fc2_bias, C, 1);
+    read_matrix(fc1_, ld, se.fc1_weight, R, C);
+    read_matrix(fc2_, ld, transposed(se.fc2_weight), R, C);
+    read_matrix(fc1_bias_, 1, se.fc1_bias, R, 1);
+    read_matrix(fc2_bias_, 1, se.fc2_bias, C, 1);
   }
 
-  // hidden (S, R) = relu(fc1 squeeze), gate (S, ld) = sigmoid(fc2 hidden); squeeze is (S, ld).
+  // hidden (S, R) = relu(fc1 squeeze); gate (S, ld) = sigmoid(fc2 hidden); squeeze is (S, ld).
   void excite(const A* squeeze, A* hidden, A* gate) const {
     for (int64_t s = 0; s < S; ++s) {
       for (int64_t r = 0; r < R; ++r) {
@@ -115,7 +116,8 @@ class Gate {
     }
   }
 
-  // attention = softmax of gate over the branches, in place: (S, ld). A gate lies in (0, 1).
+  // Replaces gate (S, ld) by attention, its softmax across the branches. The gate is in (0, 1): the
+  // softmax needs no maximum subtracted.
   void select(A* gate) const {
     for (int64_t c = 0; c < ld; c += kLanes<A>) {
       Vec<A> sum{};
@@ -128,9 +130,10 @@ class Gate {
     }
   }
 
-  // From the gradient of attention to those of what goes into sigmoid and relu, pre2 (S, ld) and
-  // pre1 (S, R), and of squeeze, which replaces the gradient of attention.
-  void back(A* grad, const A* attention, const A* hidden, const A* gate, A* pre1, A* pre2) const {
+  // Replaces the gradient of attention, `grad` (S, ld), by that of squeeze. grad_pre2 (S, ld) and
+  // grad_pre1 (S, R) become the gradients of the inputs of sigmoid and relu.
+  void backward(A* grad, const A* attention, const A* hidden, const A* gate, A* grad_pre1,
+                A* grad_pre2) const {
     for (int64_t c = 0; c < ld; c += kLanes<A>) {
       Vec<A> mean{};
       for (int64_t s = 0; s < S; ++s)
@@ -138,18 +141,19 @@ class Gate {
       for (int64_t s = 0; s < S; ++s) {
         const int64_t i = s * ld + c;
         const Vec<A> g = load(gate + i);
-        store(pre2 + i, load(attention + i) * (load(grad + i) - mean) * g * (1 - g));
+        store(grad_pre2 + i, load(attention + i) * (load(grad + i) - mean) * g * (1 - g));
       }
     }
     for (int64_t s = 0; s < S; ++s) {
-      __builtin_memset(pre2 + s * ld + C, 0, size_t(ld - C) * sizeof(A));
+      __builtin_memset(grad_pre2 + s * ld + C, 0, size_t(ld - C) * sizeof(A));
       for (int64_t r = 0; r < R; ++r) {
-        const A g = dot(pre2 + s * ld, fc2_ + r * ld, ld);
-        pre1[s * R + r] = hidden[s * R + r] <= 0 ? 0 : g;  // a NaN passes, as in PyTorch
+        const A g = dot(grad_pre2 + s * ld, fc2_ + r * ld, ld);
+        grad_pre1[s * R + r] =
+            hidden[s * R + r] <= 0 ? 0 : g;  // a NaN passes, as in PyTorch's relu
       }
       for (int64_t c = 0; c < ld; c += kLanes<A>) {
         Vec<A> sum{};
-        for (int64_t r = 0; r < R; ++r) sum += load(fc1_ + r * ld + c) * pre1[s * R + r];
+        for (int64_t r = 0; r < R; ++r) sum += load(fc1_ + r * ld + c) * grad_pre1[s * R + r];
         store(grad + s * ld + c, sum);
       }
     }
@@ -162,7 +166,7 @@ class Gate {
   A *fc1_, *fc2_, *fc2_bias_, *fc1_bias_;
 };
 
-// (S, C) to (S, ld), with zeros in the padding, and back.
+// Copies rows (S, C) to (S, ld), with zeros in the padding, and back.
 template <class A>
 void pad_rows(A* to, int64_t ld, const A* from, int64_t S, int64_t C) {
   for (int64_t s = 0; s < S; ++s) {

@@ -1,5 +1,5 @@
-// Each instruction set's kernels are a namespace of their own. What their sources include from
-// elsewhere is included here, before they set their target.
+// Declares the kernels of each instruction set, in a namespace of its own. Includes all other
+// headers that the kernels need, before their sources set the compiler's target.
 #pragma once
 
 #include <cstddef>

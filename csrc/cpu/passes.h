@@ -1,4 +1,4 @@
-// The two passes of the operator, and the entry points of one instruction set.
+// psa_tail's forward and backward, and their entry points for one instruction set.
 
 namespace psa::cpu::PSA_NAMESPACE {
 
@@ -7,41 +7,36 @@ class Forward {
  public:
   using A = Acc<T>;
 
-  Forward(const Tail& tail, const Epilogue& epilogue, const Walk& walk, const Strided* parts)
+  Forward(const Tail& tail, const Epilogue& epilogue, const Schedule& schedule,
+          const Strided* concat_slices)
       : tail_(tail),
-        walk_(walk),
-        gate_(tail.se, tail.S, tail.C),
+        schedule_(schedule),
+        se_(tail.se, tail.S, tail.C),
         scales_(epilogue.scale.data ? tail.S * tail.C : 0),
-        offsets_(epilogue.shift.data ? tail.S * tail.C : 0),
+        shifts_(epilogue.shift.data ? tail.S * tail.C : 0),
         weights_(epilogue.scale.data ? tail.B * tail.S * tail.C : 0),
         has_scale_(epilogue.scale.data) {
-    const int64_t S = tail.S, C = tail.C;
-    // The epilogue's vectors are in the output's order of branches.
-    for (int64_t s = 0; s < S; ++s) {
-      const auto own = [&](const Matrix& m) {
-        char* data = static_cast<char*>(m.data);
-        return Matrix{data + (S - 1 - s) * C * m.row * size_of(m.dtype), m.dtype, m.row, 0};
-      };
-      if (has_scale_) read(scales_.get() + s * C, 1, own(epilogue.scale), C, 1);
-      if (epilogue.shift.data) read(offsets_.get() + s * C, 1, own(epilogue.shift), C, 1);
-    }
+    read_concat_vector(scales_.get(), epilogue.scale, tail);
+    read_concat_vector(shifts_.get(), epilogue.shift, tail);
     const A* attention = static_cast<A*>(tail.attention);
-    const A* offsets = epilogue.shift.data ? offsets_.get() : nullptr;
-    writing_ = {parts, tail.branches, has_scale_ ? weights_.get() : attention, offsets,
-                0,     epilogue.relu};
+    const A* shifts = epilogue.shift.data ? shifts_.get() : nullptr;
+    scale_args_ = {concat_slices, tail.branches, has_scale_ ? weights_.get() : attention, shifts, 0,
+                   epilogue.relu};
   }
 
-  int64_t scratch_size() const { return gate_.S * (2 * gate_.ld + gate_.R); }
+  int64_t scratch_size() const { return se_.S * (2 * se_.ld + se_.R); }
 
-  void sum(int64_t b, int64_t t, A* sums) const { sum_task<false, T>(walk_, tail_, b, t, sums); }
+  void sum(int64_t b, int64_t t, A* sums) const {
+    sum_task<false, T>(schedule_, tail_, b, t, sums);
+  }
 
-  void gate(int64_t b, const A* sums, A* scratch) const {
-    const int64_t S = gate_.S, C = gate_.C, ld = gate_.ld, sample = b * S * C;
+  void excite(int64_t b, const A* sums, A* scratch) const {
+    const int64_t S = se_.S, C = se_.C, ld = se_.ld, sample = b * S * C;
     A *squeeze = scratch, *gate = squeeze + S * ld, *hidden = gate + S * ld;
-    add_up(squeeze, ld, sums, walk_.sums, S, C, A(tail_.HW));
+    sum_partials(squeeze, ld, sums, schedule_.partials, S, C, A(tail_.HW));
     unpad_rows(static_cast<A*>(tail_.squeeze) + sample, squeeze, ld, S, C);
-    gate_.excite(squeeze, hidden, gate);
-    gate_.select(gate);
+    se_.excite(squeeze, hidden, gate);
+    se_.select(gate);
     A* attention = static_cast<A*>(tail_.attention) + sample;
     unpad_rows(attention, gate, ld, S, C);
     if (!has_scale_) return;
@@ -50,15 +45,15 @@ class Forward {
     }
   }
 
-  void write(int64_t b, int64_t t) const { write_task(walk_, writing_, b, t); }
+  void write(int64_t b, int64_t t) const { scale_task(schedule_, scale_args_, b, t); }
 
  private:
   const Tail& tail_;
-  const Walk& walk_;
-  const Gate<A> gate_;
-  const Buffer<A> scales_, offsets_, weights_;
+  const Schedule& schedule_;
+  const SEModule<A> se_;
+  const Buffer<A> scales_, shifts_, weights_;
   const bool has_scale_;
-  Writing<T> writing_;
+  ScaleArgs<T> scale_args_;
 };
 
 template <class T>
@@ -66,56 +61,59 @@ class Backward {
  public:
   using A = Acc<T>;
 
-  Backward(const Tail& tail, const Gradients& gradients, const Walk& walk, const Strided* parts)
+  Backward(const Tail& tail, const Gradients& gradients, const Schedule& schedule,
+           const Strided* concat_slices)
       : tail_(tail),
         gradients_(gradients),
-        walk_(walk),
-        gate_(tail, gradients.fc),
-        spread_(tail.B * tail.S * tail.C) {
+        schedule_(schedule),
+        se_(tail, gradients.fc),
+        grad_mean_(tail.B * tail.S * tail.C) {
     const A* attention = static_cast<A*>(tail.attention);
-    writing_ = {gradients.branches, parts, attention, spread_.get(), tail.S * tail.C, false};
+    scale_args_ = {gradients.branches, concat_slices,   attention,
+                   grad_mean_.get(),   tail.S * tail.C, false};
   }
 
-  int64_t scratch_size() const { return gate_.scratch_size(); }
+  int64_t scratch_size() const { return se_.scratch_size(); }
 
-  void sum(int64_t b, int64_t t, A* sums) const { sum_task<true, T>(walk_, tail_, b, t, sums); }
+  void sum(int64_t b, int64_t t, A* sums) const { sum_task<true, T>(schedule_, tail_, b, t, sums); }
 
-  void gate(int64_t b, const A* sums, A* grad) const {
-    const int64_t S = tail_.S, C = tail_.C, ld = gate_.ld;
-    add_up(grad, ld, sums, walk_.sums, S, C, A(1));
-    gate_.back(b, grad);
+  void excite(int64_t b, const A* sums, A* grad) const {
+    const int64_t S = tail_.S, C = tail_.C, ld = se_.ld;
+    sum_partials(grad, ld, sums, schedule_.partials, S, C, A(1));
+    se_.backward(b, grad);
     for (int64_t i = 0; i < S * ld; i += kLanes<A>) store(grad + i, load(grad + i) / A(tail_.HW));
-    unpad_rows(spread_.get() + b * S * C, grad, ld, S, C);
+    unpad_rows(grad_mean_.get() + b * S * C, grad, ld, S, C);
   }
 
   void write(int64_t b, int64_t t) const {
-    if (gradients_.branches) write_task(walk_, writing_, b, t);
+    if (gradients_.branches) scale_task(schedule_, scale_args_, b, t);
   }
 
-  void write_fc(const Threads& threads) const { gate_.write_fc(gradients_, threads); }
+  void write_fc(const Threads& threads) const { se_.write_fc(gradients_, threads); }
 
  private:
   const Tail& tail_;
   const Gradients& gradients_;
-  const Walk& walk_;
-  const GateBackward<A> gate_;
-  const Buffer<A> spread_;  // (B, S, C): the gradient of the squeeze, over HW
-  Writing<T> writing_;
+  const Schedule& schedule_;
+  const SEBackward<A> se_;
+  const Buffer<A> grad_mean_;  // (B, S, C): the gradient of squeeze over HW
+  ScaleArgs<T> scale_args_;
 };
 
-struct Parts : Buffer<Strided> {
-  explicit Parts(const Tail& tail) : Buffer(tail.S) {
-    for (int64_t s = 0; s < tail.S; ++s) get()[s] = part_of(tail, s);
+// concat_slice for each branch.
+struct ConcatSlices : Buffer<Strided> {
+  explicit ConcatSlices(const Tail& tail) : Buffer(tail.S) {
+    for (int64_t s = 0; s < tail.S; ++s) get()[s] = concat_slice(tail, s);
   }
 };
 
 void forward(const Tail& tail, const Epilogue& epilogue, const Threads& threads) {
   with_type(tail.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Walk walk(tail, tail.cat.channel == 1);
-    const Parts parts(tail);
-    const Forward<T> pass(tail, epilogue, walk, parts.get());
-    run<Acc<T>>(pass, walk, tail.B, threads);
+    const Schedule schedule(tail, tail.concat.channel == 1);
+    const ConcatSlices concat_slices(tail);
+    const Forward<T> pass(tail, epilogue, schedule, concat_slices.get());
+    run_pass<Acc<T>>(pass, schedule, tail.B, threads);
   });
 }
 
@@ -123,10 +121,10 @@ void backward(const Tail& tail, const Gradients& gradients, const Threads& threa
   with_type(tail.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Strided* written = gradients.branches ? gradients.branches : tail.branches;
-    const Walk walk(tail, all_channels_inner(written, tail.S));
-    const Parts parts(tail);
-    const Backward<T> pass(tail, gradients, walk, parts.get());
-    run<Acc<T>>(pass, walk, tail.B, threads);
+    const Schedule schedule(tail, all_channels_inner(written, tail.S));
+    const ConcatSlices concat_slices(tail);
+    const Backward<T> pass(tail, gradients, schedule, concat_slices.get());
+    run_pass<Acc<T>>(pass, schedule, tail.B, threads);
     if (gradients.fc) pass.write_fc(threads);
   });
 }

@@ -1,9 +1,9 @@
-// The loops over memory. A run is n neighbouring elements; where a run's end doesn't fill a vector,
-// the last vector overlaps the one before, which writes the same numbers twice.
+// Loops over memory. A run is n contiguous elements. If n isn't a multiple of the vector's length,
+// the last vector overlaps the one before; elementwise loops write the same numbers twice.
 
 namespace psa::cpu::PSA_NAMESPACE {
 
-// The sum over a run of x, or of g * x where there is a g.
+// The sum over a run of x, or of g * x.
 template <bool kProduct, class T>
 Acc<T> sum_run(const T* x, const T* g, int64_t n) {
   using A = Acc<T>;
@@ -12,10 +12,10 @@ Acc<T> sum_run(const T* x, const T* g, int64_t n) {
     if constexpr (kProduct) return load(x + i) * load(g + i);
     return load(x + i);
   };
-  A rest = 0;
   if (n < L) {
-    for (int64_t i = 0; i < n; ++i) rest += kProduct ? widen(x[i]) * widen(g[i]) : widen(x[i]);
-    return rest;
+    A sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += kProduct ? to_acc(x[i]) * to_acc(g[i]) : to_acc(x[i]);
+    return sum;
   }
   Vec<A> s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
@@ -30,9 +30,10 @@ Acc<T> sum_run(const T* x, const T* g, int64_t n) {
   return sum_lanes((s0 + s1) + (s2 + s3));
 }
 
-// Calls vector(i) for vectors that cover [0, n), or element(i) where n is less than one.
+// Calls vector(i) for vectors that cover [0, n), or element(i) for each i if n is less than a
+// vector.
 template <class A, class V, class E>
-inline void cover(int64_t n, const V& vector, const E& element) {
+inline void for_each_vector(int64_t n, const V& vector, const E& element) {
   constexpr int64_t L = kLanes<A>;
   if (n < L) {
     for (int64_t i = 0; i < n; ++i) element(i);
@@ -42,29 +43,29 @@ inline void cover(int64_t n, const V& vector, const E& element) {
   if (n % L) vector(n - L);
 }
 
-// out = x * weight + offset, then relu: one channel's run of pixels.
+// out = x * weight + shift, with an optional relu: a run of pixels of one channel.
 template <class T>
-void scale_run(T* out, const T* x, int64_t n, Acc<T> weight, Acc<T> offset, bool with_relu) {
+void scale_run(T* out, const T* x, int64_t n, Acc<T> weight, Acc<T> shift, bool with_relu) {
   using A = Acc<T>;
   if (with_relu) {
-    cover<A>(
-        n, [&](int64_t i) { store(out + i, relu(load(x + i) * weight + offset)); },
-        [&](int64_t i) { out[i] = narrow<T>(relu(widen(x[i]) * weight + offset)); });
+    for_each_vector<A>(
+        n, [&](int64_t i) { store(out + i, relu(load(x + i) * weight + shift)); },
+        [&](int64_t i) { out[i] = from_acc<T>(relu(to_acc(x[i]) * weight + shift)); });
   } else {
-    cover<A>(
-        n, [&](int64_t i) { store(out + i, load(x + i) * weight + offset); },
-        [&](int64_t i) { out[i] = narrow<T>(widen(x[i]) * weight + offset); });
+    for_each_vector<A>(
+        n, [&](int64_t i) { store(out + i, load(x + i) * weight + shift); },
+        [&](int64_t i) { out[i] = from_acc<T>(to_acc(x[i]) * weight + shift); });
   }
 }
 
-// A block of pixels, each a run of C channels, `stride` elements apart.
+// A block of pixels, `stride` elements apart; each is a run of C channels.
 template <class T>
 struct Pixels {
   T* data;
   int64_t stride;
 };
 
-// sums[c] = the sum over the pixels of x, or of g * x.
+// sums[c] = sum over the pixels of x, or of g * x.
 template <bool kProduct, class T>
 void sum_pixels(Acc<T>* sums, Pixels<const T> x, Pixels<const T> g, int64_t pixels, int64_t C) {
   using A = Acc<T>;
@@ -88,42 +89,43 @@ void sum_pixels(Acc<T>* sums, Pixels<const T> x, Pixels<const T> g, int64_t pixe
   const auto element = [&](int64_t c) {
     A sum = 0;
     for (int64_t p = 0; p < pixels; ++p) {
-      const A v = widen(x.data[p * x.stride + c]);
-      sum += kProduct ? v * widen(g.data[p * g.stride + c]) : v;
+      const A v = to_acc(x.data[p * x.stride + c]);
+      sum += kProduct ? v * to_acc(g.data[p * g.stride + c]) : v;
     }
     sums[c] = sum;
   };
-  cover<A>(C, vector, element);
+  for_each_vector<A>(C, vector, element);
 }
 
-// out = x * weights[c] + offsets[c], then relu; no offsets means zeros.
+// out = x * weights[c] + shifts[c], with an optional relu; shifts may be null.
 template <class T>
 void scale_pixels(Pixels<T> out, Pixels<const T> x, int64_t pixels, int64_t C,
-                  const Acc<T>* weights, const Acc<T>* offsets, bool with_relu) {
+                  const Acc<T>* weights, const Acc<T>* shifts, bool with_relu) {
   using A = Acc<T>;
   const auto vector = [&](int64_t c) {
-    const Vec<A> w = load(weights + c);
-    const Vec<A> o = offsets ? load(offsets + c) : Vec<A>{};
+    const Vec<A> weight = load(weights + c);
+    const Vec<A> shift = shifts ? load(shifts + c) : Vec<A>{};
     if (with_relu) {
       for (int64_t p = 0; p < pixels; ++p) {
-        store(out.data + p * out.stride + c, relu(load(x.data + p * x.stride + c) * w + o));
+        store(out.data + p * out.stride + c,
+              relu(load(x.data + p * x.stride + c) * weight + shift));
       }
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
-        store(out.data + p * out.stride + c, load(x.data + p * x.stride + c) * w + o);
+        store(out.data + p * out.stride + c, load(x.data + p * x.stride + c) * weight + shift);
       }
     }
   };
   const auto element = [&](int64_t c) {
     for (int64_t p = 0; p < pixels; ++p) {
-      const A y = widen(x.data[p * x.stride + c]) * weights[c] + (offsets ? offsets[c] : A(0));
-      out.data[p * out.stride + c] = narrow<T>(with_relu ? relu(y) : y);
+      const A y = to_acc(x.data[p * x.stride + c]) * weights[c] + (shifts ? shifts[c] : A(0));
+      out.data[p * out.stride + c] = from_acc<T>(with_relu ? relu(y) : y);
     }
   };
-  cover<A>(C, vector, element);
+  for_each_vector<A>(C, vector, element);
 }
 
-// Copies between a run and elements `stride` apart.
+// gather copies elements `stride` apart to a run, unless they are one; scatter copies them back.
 template <class T>
 const T* gather(const T* from, int64_t stride, int64_t n, T* run) {
   if (stride == 1) return from;

@@ -1,11 +1,12 @@
-// Forward and backward on a CPU: sum, gate, write, sample by sample while the data is hot.
+// Forward and backward of both operators have three steps: sum over pixels, compute the SE module
+// (excite), write. This file schedules them over tasks and threads.
 
 namespace psa::cpu::PSA_NAMESPACE {
 
-constexpr int64_t kRun = 2048;          // pixels summed at a time, for precision
-constexpr int64_t kTask = 8192;         // elements of a task, about
-constexpr int64_t kGrain = 32768;       // elements that a thread is worth, as in PyTorch
-constexpr int64_t kBlockBytes = 16384;  // of the cat, while its cache lines are filled
+constexpr int64_t kRunPixels = 2048;       // pixels summed at a time, for precision
+constexpr int64_t kTaskElements = 8192;    // approximate size of a task
+constexpr int64_t kGrainElements = 32768;  // smallest work for a thread, as in PyTorch
+constexpr int64_t kBlockBytes = 16384;     // of concat, written before the next block of pixels
 
 template <class F>
 void parallel(const Threads& threads, int64_t n, int64_t grain, const F& f) {
@@ -16,22 +17,40 @@ void parallel(const Threads& threads, int64_t n, int64_t grain, const F& f) {
   threads.parallel_for(0, n, grain, body, const_cast<F*>(&f));
 }
 
-// How a sample is walked: whole rows of pixels of a few channels of one branch, or, with channels
-// innermost, a few pixels of all branches. It depends on shapes alone, and so do the sums' bits.
-struct Walk {
-  Walk(const Tail& tail, bool channels_inner)
+// How a sample is split into tasks. A task takes whole rows of pixels, of some channels of one
+// branch; or, if channels are innermost, some pixels of all branches. The schedule depends on
+// shapes alone, so that sums have the same bits for any number of threads.
+struct Schedule {
+  Schedule(const Tail& tail, bool channels_inner)
       : S(tail.S), C(tail.C), HW(tail.HW), channels_inner(channels_inner) {
     const int64_t unit = channels_inner ? S * C : HW, extent = channels_inner ? HW : C;
-    step = clamp(kTask / unit, 1, extent);
+    step = clamp(kTaskElements / unit, 1, extent);
     tasks = (extent + step - 1) / step * (channels_inner ? 1 : S);
-    sums = channels_inner ? tasks : 1;
+    partials = channels_inner ? tasks : 1;
   }
-  int64_t per_task() const { return S * C * HW / tasks + 1; }  // elements, about
+
+  int64_t elements_per_task() const { return S * C * HW / tasks + 1; }  // approximately
+
+  // Task t's channels [begin, end) of branch s, unless channels_inner.
+  struct Rows {
+    int64_t s, begin, end;
+  };
+  Rows rows(int64_t t) const {
+    const int64_t branch_tasks = tasks / S, begin = t % branch_tasks * step;
+    return {t / branch_tasks, begin, min(begin + step, C)};
+  }
+
+  // Task t's pixels [begin, end), if channels_inner.
+  struct PixelRange {
+    int64_t begin, end;
+  };
+  PixelRange pixels(int64_t t) const { return {t * step, min((t + 1) * step, HW)}; }
 
   const int64_t S, C, HW;
   const bool channels_inner;
-  int64_t step, tasks;
-  int64_t sums;  // how many partial sums (S, C) a sample has
+  int64_t step;  // channels or pixels of a task
+  int64_t tasks;
+  int64_t partials;  // number of partial sums (S, C) of a sample
 };
 
 inline bool all_channels_inner(const Strided* tensors, int64_t S) {
@@ -41,11 +60,34 @@ inline bool all_channels_inner(const Strided* tensors, int64_t S) {
   return true;
 }
 
-// The part of the cat that belongs to branch s: they lie in reverse.
-inline Strided part_of(const Tail& tail, int64_t s) {
-  const int64_t offset = (tail.S - 1 - s) * tail.C * tail.cat.channel * size_of(tail.dtype);
-  return {static_cast<char*>(tail.cat.data) + offset, tail.cat.batch, tail.cat.channel,
-          tail.cat.pixel};
+// The slice of concat that belongs to branch s; branch S - 1 comes first.
+inline Strided concat_slice(const Tail& tail, int64_t s) {
+  const int64_t offset = (tail.S - 1 - s) * tail.C * tail.concat.channel * size_of(tail.dtype);
+  return {static_cast<char*>(tail.concat.data) + offset, tail.concat.batch, tail.concat.channel,
+          tail.concat.pixel};
+}
+
+// The slice (C) of a vector (S * C) in the order of concat's channels that belongs to branch s.
+inline Matrix concat_slice(const Matrix& vector, const Tail& tail, int64_t s) {
+  const int64_t offset = (tail.S - 1 - s) * tail.C * vector.row * size_of(vector.dtype);
+  return {static_cast<char*>(vector.data) + offset, vector.dtype, vector.row, 0};
+}
+
+// Copies a vector (S * C) in the order of concat's channels to rows (S, C) in the order of the
+// branches, and back. Does nothing if the vector isn't given.
+template <class A>
+void read_concat_vector(A* rows, const Matrix& vector, const Tail& tail) {
+  if (!vector.data) return;
+  for (int64_t s = 0; s < tail.S; ++s) {
+    read_matrix(rows + s * tail.C, 1, concat_slice(vector, tail, s), tail.C, 1);
+  }
+}
+template <class A>
+void write_concat_vector(const Matrix& vector, const A* rows, const Tail& tail) {
+  if (!vector.data) return;
+  for (int64_t s = 0; s < tail.S; ++s) {
+    write_matrix(concat_slice(vector, tail, s), tail.C, 1, rows + s * tail.C, 1, 0);
+  }
 }
 
 template <class T>
@@ -53,157 +95,164 @@ T* at(const Strided& x, int64_t b, int64_t c, int64_t p) {
   return static_cast<T*>(x.data) + b * x.batch + c * x.channel + p * x.pixel;
 }
 
-// A block of pixels with their channels in runs: x itself, or a copy in `space`.
+// A block of pixels with contiguous channels: x itself, or a copy in `buffer`.
 template <class T>
 Pixels<const T> gather_pixels(const Strided& x, int64_t b, int64_t p, int64_t pixels, int64_t C,
-                              T* space) {
+                              T* buffer) {
   if (x.channel == 1) return {at<T>(x, b, 0, p), x.pixel};
   for (int64_t i = 0; i < pixels; ++i) {
-    gather(at<T>(x, b, 0, p + i), x.channel, C, space + i * C);
+    gather(at<T>(x, b, 0, p + i), x.channel, C, buffer + i * C);
   }
-  return {space, C};
+  return {buffer, C};
 }
 
-// sums (walk.sums, S, C): what task t of sample b adds up of x, or of g * x.
+// Task t of sample b sums x, or g * x, over its pixels. sums: (schedule.partials, S, C).
 template <bool kProduct, class T>
-void sum_task(const Walk& w, const Tail& tail, int64_t b, int64_t t, Acc<T>* sums) {
-  if (w.channels_inner) {
-    const int64_t p = t * w.step, pixels = min(w.step, w.HW - p);
-    for (int64_t s = 0; s < w.S; ++s) {
-      const Strided &x = tail.branches[s], part = part_of(tail, s);
-      const bool copies = x.channel != 1 || (kProduct && part.channel != 1);
-      Buffer<T> space(copies ? 2 * pixels * w.C : 0);
-      const auto xs = gather_pixels<T>(x, b, p, pixels, w.C, space.get());
-      const auto gs =
-          kProduct ? gather_pixels<T>(part, b, p, pixels, w.C, space.get() + pixels * w.C * copies)
-                   : xs;
-      sum_pixels<kProduct>(sums + (t * w.S + s) * w.C, xs, gs, pixels, w.C);
+void sum_task(const Schedule& schedule, const Tail& tail, int64_t b, int64_t t, Acc<T>* sums) {
+  const int64_t S = schedule.S, C = schedule.C, HW = schedule.HW;
+  if (schedule.channels_inner) {
+    const auto [begin, end] = schedule.pixels(t);
+    const int64_t pixels = end - begin;
+    for (int64_t s = 0; s < S; ++s) {
+      const Strided &x = tail.branches[s], g = concat_slice(tail, s);
+      const bool copies = x.channel != 1 || (kProduct && g.channel != 1);
+      Buffer<T> buffer(copies ? 2 * pixels * C : 0);
+      const auto xs = gather_pixels<T>(x, b, begin, pixels, C, buffer.get());
+      T* g_buffer = buffer.get() + pixels * C * copies;
+      const auto gs = kProduct ? gather_pixels<T>(g, b, begin, pixels, C, g_buffer) : xs;
+      sum_pixels<kProduct>(sums + (t * S + s) * C, xs, gs, pixels, C);
     }
     return;
   }
-  const int64_t per_branch = w.tasks / w.S, s = t / per_branch, c = t % per_branch * w.step;
-  const Strided &x = tail.branches[s], part = part_of(tail, s);
-  T space[2][kRun];
-  for (int64_t i = c; i < min(c + w.step, w.C); ++i) {
+  const auto [s, begin, end] = schedule.rows(t);
+  const Strided &x = tail.branches[s], g = concat_slice(tail, s);
+  T buffer[2][kRunPixels];
+  for (int64_t c = begin; c < end; ++c) {
     Acc<T> sum = 0;
-    for (int64_t p = 0; p < w.HW; p += kRun) {
-      const int64_t n = min(kRun, w.HW - p);
-      const T* xs = gather(at<T>(x, b, i, p), x.pixel, n, space[0]);
-      const T* gs = kProduct ? gather(at<T>(part, b, i, p), part.pixel, n, space[1]) : xs;
+    for (int64_t p = 0; p < HW; p += kRunPixels) {
+      const int64_t n = min(kRunPixels, HW - p);
+      const T* xs = gather(at<T>(x, b, c, p), x.pixel, n, buffer[0]);
+      const T* gs = kProduct ? gather(at<T>(g, b, c, p), g.pixel, n, buffer[1]) : xs;
       sum += sum_run<kProduct>(xs, gs, n);
     }
-    sums[s * w.C + i] = sum;
+    sums[s * C + c] = sum;
   }
 }
 
-// What is written from what: to[s] = relu(from[s] * weights[s] + offsets[s]), for each of S parts.
+// to[s] = relu(from[s] * weights[s] + shifts[s]) for each branch s.
 template <class T>
-struct Writing {
+struct ScaleArgs {
   const Strided *to, *from;  // S each
   const Acc<T>* weights;     // (B, S, C)
-  const Acc<T>* offsets;     // (B or 1, S, C), or null
-  int64_t offsets_batch;     // the stride over samples
+  const Acc<T>* shifts;      // (B or 1, S, C), or null
+  int64_t shifts_batch;      // the stride of shifts along B
   bool relu;
 };
 
 template <class T>
-void write_task(const Walk& w, const Writing<T>& writing, int64_t b, int64_t t) {
-  const Acc<T>* weights = writing.weights + b * w.S * w.C;
-  const Acc<T>* offsets = writing.offsets ? writing.offsets + b * writing.offsets_batch : nullptr;
-  if (w.channels_inner) {
-    const int64_t end = min((t + 1) * w.step, w.HW);
-    const int64_t row = w.S * w.C * int64_t(sizeof(T));
-    const int64_t block = clamp(kBlockBytes / row, 1, w.step);
-    const bool copies = !all_channels_inner(writing.from, w.S);
-    Buffer<T> space(copies ? block * w.C : 0);
-    for (int64_t p = t * w.step; p < end; p += block) {
+void scale_task(const Schedule& schedule, const ScaleArgs<T>& args, int64_t b, int64_t t) {
+  const int64_t S = schedule.S, C = schedule.C, HW = schedule.HW;
+  const Acc<T>* weights = args.weights + b * S * C;
+  const Acc<T>* shifts = args.shifts ? args.shifts + b * args.shifts_batch : nullptr;
+  if (schedule.channels_inner) {
+    const auto [begin, end] = schedule.pixels(t);
+    const int64_t block = clamp(kBlockBytes / (S * C * int64_t(sizeof(T))), 1, schedule.step);
+    const bool copies = !all_channels_inner(args.from, S);
+    Buffer<T> buffer(copies ? block * C : 0);
+    for (int64_t p = begin; p < end; p += block) {
       const int64_t pixels = min(block, end - p);
-      for (int64_t s = 0; s < w.S; ++s) {
-        const Pixels<T> to{at<T>(writing.to[s], b, 0, p), writing.to[s].pixel};
-        const auto from = gather_pixels<T>(writing.from[s], b, p, pixels, w.C, space.get());
-        scale_pixels<T>(to, from, pixels, w.C, weights + s * w.C,
-                        offsets ? offsets + s * w.C : nullptr, writing.relu);
+      for (int64_t s = 0; s < S; ++s) {
+        const Pixels<T> to{at<T>(args.to[s], b, 0, p), args.to[s].pixel};
+        const auto from = gather_pixels<T>(args.from[s], b, p, pixels, C, buffer.get());
+        const Acc<T>* shift = shifts ? shifts + s * C : nullptr;
+        scale_pixels<T>(to, from, pixels, C, weights + s * C, shift, args.relu);
       }
     }
     return;
   }
-  const int64_t per_branch = w.tasks / w.S, s = t / per_branch, c = t % per_branch * w.step;
-  const Strided &to = writing.to[s], &from = writing.from[s];
-  T space[2][kRun];
-  for (int64_t i = c; i < min(c + w.step, w.C); ++i) {
-    const Acc<T> offset = offsets ? offsets[s * w.C + i] : 0;
-    for (int64_t p = 0; p < w.HW; p += kRun) {
-      const int64_t n = min(kRun, w.HW - p);
-      const T* x = gather(at<T>(from, b, i, p), from.pixel, n, space[0]);
-      T* y = to.pixel == 1 ? at<T>(to, b, i, p) : space[1];
-      scale_run(y, x, n, weights[s * w.C + i], offset, writing.relu);
-      if (to.pixel != 1) scatter(at<T>(to, b, i, p), to.pixel, n, y);
+  const auto [s, begin, end] = schedule.rows(t);
+  const Strided &to = args.to[s], &from = args.from[s];
+  T buffer[2][kRunPixels];
+  for (int64_t c = begin; c < end; ++c) {
+    const Acc<T> shift = shifts ? shifts[s * C + c] : 0;
+    for (int64_t p = 0; p < HW; p += kRunPixels) {
+      const int64_t n = min(kRunPixels, HW - p);
+      const T* x = gather(at<T>(from, b, c, p), from.pixel, n, buffer[0]);
+      T* y = to.pixel == 1 ? at<T>(to, b, c, p) : buffer[1];
+      scale_run(y, x, n, weights[s * C + c], shift, args.relu);
+      if (to.pixel != 1) scatter(at<T>(to, b, c, p), to.pixel, n, y);
     }
   }
 }
 
-// How many things of so many elements each are worth a thread.
+// The smallest number of items, of so many elements each, that is worth a thread.
 inline int64_t grain(int64_t elements) {
-  return max(1, kGrain / elements);
+  return max(1, kGrainElements / elements);
 }
 
-// pass.sum(b, t, sums) for all tasks of all samples, each with its sample's `size` sums.
+// Calls pass.sum(b, t, sums) for all tasks of all samples; each sample has `size` sums.
 template <class A, class Pass>
-void sum_all(const Pass& pass, const Walk& w, int64_t B, A* sums, int64_t size,
+void sum_all(const Pass& pass, const Schedule& schedule, int64_t B, A* sums, int64_t size,
              const Threads& threads) {
-  parallel(threads, B * w.tasks, grain(w.per_task()), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      pass.sum(i / w.tasks, i % w.tasks, sums + i / w.tasks * size);
-    }
-  });
+  const int64_t tasks = schedule.tasks;
+  parallel(threads, B * tasks, grain(schedule.elements_per_task()),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t i = begin; i < end; ++i) {
+               pass.sum(i / tasks, i % tasks, sums + i / tasks * size);
+             }
+           });
 }
 
-// pass.gate(b, sums, scratch) for all samples.
+// Calls pass.excite(b, sums, scratch) for all samples.
 template <class A, class Pass>
-void gate_all(const Pass& pass, const Walk& w, int64_t B, const A* sums, int64_t size,
-              const Threads& threads) {
-  parallel(threads, B, grain(w.S * w.C * 32), [&](int64_t begin, int64_t end) {
+void excite_all(const Pass& pass, const Schedule& schedule, int64_t B, const A* sums, int64_t size,
+                const Threads& threads) {
+  parallel(threads, B, grain(schedule.S * schedule.C * 32), [&](int64_t begin, int64_t end) {
     Buffer<A> scratch(pass.scratch_size());
-    for (int64_t b = begin; b < end; ++b) pass.gate(b, sums + b * size, scratch.get());
+    for (int64_t b = begin; b < end; ++b) pass.excite(b, sums + b * size, scratch.get());
   });
 }
 
-// pass.write(b, t) for all tasks of all samples.
+// Calls pass.write(b, t) for all tasks of all samples, the last first: they are still in the cache.
 template <class Pass>
-void write_all(const Pass& pass, const Walk& w, int64_t B, const Threads& threads) {
-  parallel(threads, B * w.tasks, grain(w.per_task()), [&](int64_t begin, int64_t end) {
-    for (int64_t i = end; i-- > begin;) pass.write(i / w.tasks, i % w.tasks);
-  });
+void write_all(const Pass& pass, const Schedule& schedule, int64_t B, const Threads& threads) {
+  const int64_t tasks = schedule.tasks;
+  parallel(threads, B * tasks, grain(schedule.elements_per_task()),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t i = end; i-- > begin;) pass.write(i / tasks, i % tasks);
+           });
 }
 
-// Runs the three steps of a pass: sample by sample, or, where there are fewer samples than threads,
-// each for all samples.
+// Runs the three steps sample by sample, so that each sample is read from memory once. If there are
+// fewer samples than threads, runs each step for all samples instead.
 template <class A, class Pass>
-void run(const Pass& pass, const Walk& w, int64_t B, const Threads& threads) {
-  const int64_t size = w.sums * w.S * w.C, per_sample = w.S * w.C * w.HW;
-  if (B >= threads.count || B * per_sample <= kGrain) {
+void run_pass(const Pass& pass, const Schedule& schedule, int64_t B, const Threads& threads) {
+  const int64_t channels = schedule.S * schedule.C, per_sample = channels * schedule.HW;
+  const int64_t size = schedule.partials * channels;
+  if (B >= threads.count || B * per_sample <= kGrainElements) {
     parallel(threads, B, grain(per_sample), [&](int64_t begin, int64_t end) {
-      Buffer<A> space(size + pass.scratch_size());
+      Buffer<A> buffer(size + pass.scratch_size());
+      A *sums = buffer.get(), *scratch = sums + size;
       for (int64_t b = begin; b < end; ++b) {
-        for (int64_t t = 0; t < w.tasks; ++t) pass.sum(b, t, space.get());
-        pass.gate(b, space.get(), space.get() + size);
-        for (int64_t t = w.tasks; t-- > 0;) pass.write(b, t);  // what was read last is nearest
+        for (int64_t t = 0; t < schedule.tasks; ++t) pass.sum(b, t, sums);
+        pass.excite(b, sums, scratch);
+        for (int64_t t = schedule.tasks; t-- > 0;) pass.write(b, t);  // as in write_all
       }
     });
     return;
   }
   Buffer<A> sums(B * size);
-  sum_all(pass, w, B, sums.get(), size, threads);
-  gate_all(pass, w, B, sums.get(), size, threads);
-  write_all(pass, w, B, threads);
+  sum_all(pass, schedule, B, sums.get(), size, threads);
+  excite_all(pass, schedule, B, sums.get(), size, threads);
+  write_all(pass, schedule, B, threads);
 }
 
-// to (S, ld) = the partial sums (n, S, C), added up in their order, over `divisor`.
+// to (S, ld) = the sum of the n partial sums (n, S, C), in their order, over `divisor`.
 template <class A>
-void add_up(A* to, int64_t ld, const A* sums, int64_t n, int64_t S, int64_t C, A divisor) {
+void sum_partials(A* to, int64_t ld, const A* sums, int64_t n, int64_t S, int64_t C, A divisor) {
   for (int64_t s = 0; s < S; ++s) {
     const A* row = sums + s * C;
-    cover<A>(
+    for_each_vector<A>(
         C,
         [&](int64_t c) {
           Vec<A> sum = load(row + c);

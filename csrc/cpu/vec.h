@@ -1,8 +1,9 @@
-// Vectors of one instruction set, in a namespace of its own; the including file has set
-// PSA_NAMESPACE, PSA_VECTOR_BYTES and the compiler's target. No guard: each file includes it once.
+// Vectors of one instruction set, in a namespace of their own. The including file defines
+// PSA_NAMESPACE and PSA_VECTOR_BYTES (and PSA_AVX512_BF16), and sets the compiler's target. No
+// include guard: see all_kernels.h.
 //
-// Nothing from std may be instantiated behind the target's back: the linker would keep one copy for
-// all instruction sets, perhaps one that this CPU can't run.
+// Don't use templates or inline functions of std here: the linker keeps one copy for all
+// instruction sets, possibly one that this CPU can't run.
 
 namespace psa::cpu::PSA_NAMESPACE {
 
@@ -23,7 +24,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type in which the elements of another are summed.
+// The type in which elements of type T are summed.
 template <class T>
 struct Accumulator {
   using type = float;
@@ -63,21 +64,22 @@ inline Vec<A> splat(A a) {
   return a - Vec<A>{};
 }
 
-// One element to and from its accumulator's type; 16-bit rounding is to nearest even.
-inline float widen(float x) {
+// Conversions of one element to and from the accumulator's type. Rounding is to nearest even.
+inline float to_acc(float x) {
   return x;
 }
-inline double widen(double x) {
+inline double to_acc(double x) {
   return x;
 }
-inline float widen(BFloat16 x) {
+inline float to_acc(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float f;
   __builtin_memcpy(&f, &bits, 4);
   return f;
 }
-inline float widen(Half x) {
-  // Shifted into place a half is a float that is 2^112 too small, also where it is subnormal.
+inline float to_acc(Half x) {
+  // A half's exponent and mantissa, shifted into those of a float, give its value times 2^-112;
+  // that holds for subnormal numbers too.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   uint32_t bits = magnitude;
   float f;
@@ -91,25 +93,25 @@ inline float widen(Half x) {
 }
 
 template <class T>
-inline T narrow(Acc<T> x) {
+inline T from_acc(Acc<T> x) {
   return x;
 }
 template <>
-inline BFloat16 narrow<BFloat16>(float x) {
+inline BFloat16 from_acc<BFloat16>(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   if (x != x) return {0x7fc0};
   return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 template <>
-inline Half narrow<Half>(float x) {
+inline Half from_acc<Half>(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   uint32_t magnitude = bits & 0x7fffffff;
   if (x != x) return {uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and up: infinity
-  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves units of 2^-24, rounded
+  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds to multiples of 2^-24
     float f;
     __builtin_memcpy(&f, &magnitude, 4);
     f += 0.5f;
@@ -120,8 +122,8 @@ inline Half narrow<Half>(float x) {
   return {uint16_t(sign | ((magnitude - (112u << 23)) >> 13))};
 }
 
-// Compilers make several instructions of __builtin_convertvector where one will do.
-inline Words widen_words(HalfWords v) {
+// Compilers emit several instructions for __builtin_convertvector; these intrinsics are one or two.
+inline Words zero_extend(HalfWords v) {
 #if PSA_VECTOR_BYTES == 64
   return (Words)_mm512_cvtepu16_epi32((__m256i)v);
 #elif PSA_VECTOR_BYTES == 32
@@ -130,7 +132,7 @@ inline Words widen_words(HalfWords v) {
   return __builtin_convertvector(v, Words);
 #endif
 }
-inline HalfWords narrow_words(Words v) {
+inline HalfWords truncate_words(Words v) {
 #if PSA_VECTOR_BYTES == 64
   return (HalfWords)_mm512_cvtepi32_epi16((__m512i)v);
 #elif PSA_VECTOR_BYTES == 32
@@ -141,7 +143,7 @@ inline HalfWords narrow_words(Words v) {
 #endif
 }
 
-// kLanes<Acc<T>> elements from anywhere in memory.
+// Loads and stores of kLanes<Acc<T>> elements, of any alignment.
 inline Floats load(const float* from) {
   return load_bits<Floats>(from);
 }
@@ -149,7 +151,7 @@ inline Vec<double> load(const double* from) {
   return load_bits<Vec<double>>(from);
 }
 inline Floats load(const BFloat16* from) {
-  return (Floats)(widen_words(load_bits<HalfWords>(from)) << 16);
+  return (Floats)(zero_extend(load_bits<HalfWords>(from)) << 16);
 }
 inline Floats load(const Half* from) {
 #if PSA_VECTOR_BYTES == 64
@@ -158,7 +160,7 @@ inline Floats load(const Half* from) {
   return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(from));
 #else
   Floats v;
-  for (int64_t i = 0; i < kFloats; ++i) v[i] = widen(from[i]);
+  for (int64_t i = 0; i < kFloats; ++i) v[i] = to_acc(from[i]);
   return v;
 #endif
 }
@@ -177,7 +179,7 @@ inline void store(BFloat16* to, Floats v) {
   const Words bits = (Words)v;
   Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   rounded = v != v ? Words{} + 0x7fc0 : rounded;
-  store_bits(to, narrow_words(rounded));
+  store_bits(to, truncate_words(rounded));
 #endif
 }
 inline void store(Half* to, Floats v) {
@@ -186,11 +188,11 @@ inline void store(Half* to, Floats v) {
 #elif PSA_VECTOR_BYTES == 32
   store_bits(to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  for (int64_t i = 0; i < kFloats; ++i) to[i] = narrow<Half>(v[i]);
+  for (int64_t i = 0; i < kFloats; ++i) to[i] = from_acc<Half>(v[i]);
 #endif
 }
 
-// The sum of a vector's lanes, by halves.
+// The sum of a vector's lanes, by halving the vector.
 #if PSA_VECTOR_BYTES >= 32
 inline float sum_lanes(__m128 v) {
   v = _mm_add_ps(v, _mm_movehl_ps(v, v));
@@ -227,7 +229,7 @@ struct Bits<double> {
   using type = int64_t;
 };
 
-// v with all but its last `count` lanes zero, whatever they hold.
+// v with all but its last `count` lanes set to zero, even if they hold NaN.
 template <class A>
 inline Vec<A> last_lanes(Vec<A> v, int64_t count) {
   using I = typename Bits<A>::type;
@@ -241,21 +243,21 @@ inline Vec<A> last_lanes(Vec<A> v, int64_t count) {
   return (Vec<A>)((Vec<I>)v & load_bits<Vec<I>>(mask.lanes + count));
 }
 
-// A NaN stays a NaN, unlike with max.
+// max(x, 0), but a NaN stays a NaN.
 template <class V>
 inline V relu(V x) {
   return x < 0 ? V{} : x;
 }
 
-// What no normal float can hold is 0 or infinity: a sigmoid has to saturate, or a derivative that
-// is 0 would come out as something times infinity.
-inline Floats exp(Floats to) {
-  const Floats x = to < -87.0f ? splat(-87.0f) : to > 88.0f ? splat(88.0f) : to;
-  // x = n ln 2 + r with |r| <= ln 2 / 2. The magic number's last bit is worth 1.
+// Results that no normal float can hold become 0 or infinity, so that the sigmoid saturates and its
+// derivative is exactly 0.
+inline Floats exp(Floats v) {
+  const Floats x = v < -87.0f ? splat(-87.0f) : v > 88.0f ? splat(88.0f) : v;
+  // x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer.
   const Floats magic = x * 1.44269504f + 0x1.8p23f;
   const Floats n = magic - 0x1.8p23f;
   const Floats r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
-  // The series: its next term is below 1e-8.
+  // The Taylor series of exp(r); its next term is below 1e-8.
   Floats p = splat(1 / 5040.0f);
   p = p * r + 1 / 720.0f;
   p = p * r + 1 / 120.0f;
@@ -265,7 +267,7 @@ inline Floats exp(Floats to) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Floats y = p * (Floats)(((Ints)magic << 23) + 0x3f800000);
-  return to < -87.0f ? Floats{} : to > 88.0f ? splat(__builtin_inff()) : y;
+  return v < -87.0f ? Floats{} : v > 88.0f ? splat(__builtin_inff()) : y;
 }
 inline Vec<double> exp(Vec<double> x) {
   for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);

@@ -1,75 +1,76 @@
-// From the gate's results to recalibrated elements.
+// Recalibration: scales and shifts the elements of each channel.
 #pragma once
 
 #include "gate.cuh"
 
 namespace psa::cuda {
 
-// y = x * factor + addend: what the gate's results, and an epilogue, mean for one channel.
+// One channel's y = x * weight + shift. Forward: attention with the epilogue's scale and shift.
+// Backward: attention and grad_mean.
 struct Affine {
-  float factor, addend;
+  float weight, shift;
 };
 
-template <bool kBackward, class Params>
-PSA_DEVICE Affine affine_of(const Params& p, const Recalibration& gate, int s, int c) {
-  int i = s * p.shape.C + c;
-  if constexpr (kBackward) return {gate.attention[i], gate.spread[i]};
-  int k = (p.shape.S - 1 - s) * p.shape.C + c;
-  Affine y = {gate.attention[i], 0};
-  if (p.scale.data) y.factor *= load_element(p.scale, k, 0);
-  if (p.shift.data) y.addend = load_element(p.shift, k, 0);
+template <bool kBackward, class Args>
+PSA_DEVICE Affine affine_of(const Args& args, const SEResult& se, int s, int c) {
+  int i = s * args.shape.C + c;
+  if constexpr (kBackward) return {se.attention[i], se.grad_mean[i]};
+  int k = (args.shape.S - 1 - s) * args.shape.C + c;
+  Affine y = {se.attention[i], 0};
+  if (args.scale.data) y.weight *= load_element(args.scale, k, 0);
+  if (args.shift.data) y.shift = load_element(args.shift, k, 0);
   return y;
 }
 
-// Runs of pixels: each channel's factor and addend, looked up in tables (S, C) in shared memory.
-struct Tables {
-  float *factor, *addend;
+// Each channel's weight and shift, (S, C) in shared memory, for the kernels over runs.
+struct AffineTables {
+  float *weight, *shift;
 };
 
-// Ends with a barrier.
-template <bool kBackward, class Params>
-PSA_DEVICE Tables make_tables(const Params& p, const Recalibration& gate, float* shared) {
-  int SC = p.shape.S * p.shape.C;
-  Tables tables = {shared, shared + SC};
+// Fills the tables; ends with a barrier.
+template <bool kBackward, class Args>
+PSA_DEVICE AffineTables make_affine_tables(const Args& args, const SEResult& se, float* shared) {
+  int SC = args.shape.S * args.shape.C;
+  AffineTables tables = {shared, shared + SC};
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    int s = divide(i, p.shape.channels);
-    Affine y = affine_of<kBackward>(p, gate, s, i - s * p.shape.C);
-    tables.factor[i] = y.factor;
-    tables.addend[i] = y.addend;
+    int s = divide(i, args.shape.channels);
+    Affine y = affine_of<kBackward>(args, se, s, i - s * args.shape.C);
+    tables.weight[i] = y.weight;
+    tables.shift[i] = y.shift;
   }
   sync_block();
   return tables;
 }
 
-// max(x * factor + addend, floor); a NaN stays one.
-PSA_DEVICE float recalibrated(float x, float factor, float addend, float floor) {
-  float y = x * factor + addend;
+// max(x * weight + shift, floor); a NaN stays a NaN.
+PSA_DEVICE float recalibrated(float x, float weight, float shift, float floor) {
+  float y = x * weight + shift;
   return y < floor ? floor : y;
 }
 
-// Elements [i, i + kVec) of branch s's run, recalibrated. Those outside of the run are anything.
+// Recalibrates elements [i, i + kVec) of branch s's run. Elements outside of the run are undefined.
 template <class T>
-PSA_DEVICE Vec recalibrated_window(Vec v, int i, int s, const Shape& n, const Tables& tables,
-                                   float floor) {
+PSA_DEVICE Vec recalibrated_window(Vec v, int i, int s, const Shape& shape,
+                                   const AffineTables& tables, float floor) {
   float x[kVec<T>];
   unpack<T>(v, x);
-  const float *factor = tables.factor + s * n.C, *addend = tables.addend + s * n.C;
-  int HW = int(n.HW);
-  if (HW >= kVec<T>) {  // two channels at most
-    int c = divide(i < 0 ? 0 : i, n.pixels), next = c + 1 < n.C ? c + 1 : c;
+  const float *weight = tables.weight + s * shape.C, *shift = tables.shift + s * shape.C;
+  int HW = int(shape.HW);
+  if (HW >= kVec<T>) {  // the vector spans at most two channels
+    int c = divide(i < 0 ? 0 : i, shape.pixels), next = c + 1 < shape.C ? c + 1 : c;
     int boundary = (c + 1) * HW - i;
-    Affine first = {factor[c], addend[c]}, second = {factor[next], addend[next]};
+    Affine first = {weight[c], shift[c]}, second = {weight[next], shift[next]};
 #pragma unroll
     for (int j = 0; j < kVec<T>; ++j) {
-      x[j] = recalibrated(x[j], j < boundary ? first.factor : second.factor,
-                          j < boundary ? first.addend : second.addend, floor);
+      x[j] = recalibrated(x[j], j < boundary ? first.weight : second.weight,
+                          j < boundary ? first.shift : second.shift, floor);
     }
   } else {
 #pragma unroll
     for (int j = 0; j < kVec<T>; ++j) {
-      int e = i + j < 0 ? 0 : i + j < n.run ? i + j : n.run - 1;
-      int c = divide(e, n.pixels);
-      x[j] = recalibrated(x[j], factor[c], addend[c], floor);
+      int e = i + j < 0 ? 0 : i + j < shape.run ? i + j : shape.run - 1;
+      int c = divide(e, shape.pixels);
+      x[j] = recalibrated(x[j], weight[c], shift[c], floor);
     }
   }
   return pack<T>(x);

@@ -1,22 +1,22 @@
-// Channels in columns: each thread keeps to one vector of channels (or one channel, whatever its
-// strides) and walks over pixels. Threads are spread over a tile of the cat's S * C and over
-// pixels.
+// Columns of channels, for channels_last and strided tensors: each thread takes one vector of
+// channels (or one channel of any strides) and loops over pixels. The threads of a block cover a
+// tile of concat's S * C channels, and several pixels at once.
 #pragma once
 
 #include "device.cuh"
 
 namespace psa::cuda {
 
-// What a thread has in flight: a vector of channels of one pixel, or a single element.
+// One load of a thread: a vector of channels of one pixel, or a single element.
 template <class T, bool kWide>
 using Raw = std::conditional_t<kWide, Vec, T>;
 template <class T, bool kWide>
 constexpr int kChannels = kWide ? kVec<T> : 1;
 
-template <bool kWide, Read kRead, class T>
+template <bool kWide, CacheHint kHint, class T>
 PSA_DEVICE Raw<T, kWide> load_raw(const T* p) {
   if constexpr (kWide) {
-    return kRead == Read::last ? load_global_last(p) : load_global(p);
+    return kHint == CacheHint::evict_first ? load_global_evict_first(p) : load_global(p);
   } else {
     return *p;
   }
@@ -40,24 +40,25 @@ PSA_DEVICE void store_raw(T* p, const float (&x)[kSize]) {
   }
 }
 
-// Where a thread is: channels k to k + kSize of the cat are channels c on of branch s.
+// A thread's coordinates: channels [k, k + kSize) of concat are channels [c, c + kSize) of branch
+// s.
 template <int kSize>
 struct Column {
   bool active;
-  int index;  // in the tile, in units of kSize channels
-  int pixel;  // of those that the block takes at once
+  int index;  // within the tile, in units of kSize channels
+  int pixel;  // within the pixels that the block takes at once
   int k, s, c;
 
-  PSA_DEVICE Column(const Shape& n, int first, int tile, int tile_pixels, bool pixels_inner) {
+  PSA_DEVICE Column(const Shape& shape, int first, int tile, int tile_pixels, bool pixels_inner) {
     int inner = pixels_inner ? tile_pixels : tile;
     int a = thread_index() % inner, b = thread_index() / inner;
     index = pixels_inner ? b : a;
     pixel = pixels_inner ? a : b;
     k = (first + index) * kSize;
-    active = index < tile && pixel < tile_pixels && k < n.S * n.C;
-    int place = divide(k, n.channels);
-    s = n.S - 1 - place;
-    c = k - place * n.C;
+    active = index < tile && pixel < tile_pixels && k < shape.S * shape.C;
+    int position = divide(k, shape.channels);
+    s = shape.S - 1 - position;
+    c = k - position * shape.C;
   }
 };
 
@@ -65,12 +66,12 @@ PSA_HOST_DEVICE int64_t column_sum_floats(int tile, int tile_pixels, int size) {
   return int64_t(tile_pixels) * (tile * size + 1);
 }
 
-// Adds up the tile's columns over its threads, in a fixed order, in shared memory of
-// column_sum_floats; store(channel in the tile, sum) is called once for each.
+// Sums each of the tile's channels over the block's threads, in a fixed order, and calls
+// store(channel in the tile, sum) once for each channel. `shared` holds column_sum_floats floats.
 template <int kSize, class Store>
 PSA_DEVICE void sum_columns_of(const Column<kSize>& column, const float (&sum)[kSize], int tile,
                                int tile_pixels, float* shared, Store store) {
-  int width = tile * kSize, pitch = width + 1;  // odd or not: rows start in different banks
+  int width = tile * kSize, pitch = width + 1;  // + 1: rows start in different banks
   if (column.index < tile && column.pixel < tile_pixels) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {

@@ -1,4 +1,4 @@
-// What the kernels are made of: elements and vectors of 16 bytes, windows of a run, reductions.
+// Building blocks of the kernels: elements, vectors of 16 bytes, windows of a run, reductions.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@
 
 namespace psa::cuda {
 
-// The branches' elements; sums and products are in float.
+// Types of elements; sums and products are computed in float.
 struct Half {
   uint16_t bits;
 };
@@ -84,14 +84,14 @@ struct Run {
 };
 
 template <class T>
-PSA_DEVICE int misaligned(const T* p) {  // elements past the last 16-byte boundary
+PSA_DEVICE int misaligned(const T* p) {  // number of elements after the last 16-byte boundary
   return int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
 }
 
-enum class Read { again, last };  // whether the same memory will soon be read again
+enum class CacheHint { keep, evict_first };  // evict_first: the memory is not read again soon
 
-// A vector's place in a run: of the elements at data, [low, high) are wanted, 0 <= low and
-// high <= kVec. It is wide if one access of 16 bytes gets them and stays in the run.
+// The kVec elements at `data`, of which only [low, high) are used; 0 <= low and high <= kVec. A
+// window is wide if one access of 16 bytes covers it without leaving the run.
 template <class T>
 struct Window {
   T* data;
@@ -99,7 +99,7 @@ struct Window {
   bool wide;
 };
 
-// Elements [i, i + kVec) of a run, as far as they lie in [low, high), a part of the run.
+// The window of elements [i, i + kVec) of a run, restricted to [low, high) of that run.
 template <class T>
 PSA_DEVICE Window<T> window_of(Run<T> run, int i, int low, int high) {
   T* data = run.data + i;
@@ -109,12 +109,14 @@ PSA_DEVICE Window<T> window_of(Run<T> run, int i, int low, int high) {
   return {data, low, high, low < high && inside && misaligned(data) == 0};
 }
 
-// Loading takes two steps. The first waits for nothing, so that several windows are in flight; it
-// also brings what a wide window has outside of [low, high).
-template <Read kRead, class T>
+// A load takes two steps, so that a thread can have several windows in flight. load_wide only
+// issues the 16-byte load of a wide window, including elements outside of [low, high); load_narrow
+// then loads the elements of a window that is not wide.
+template <CacheHint kHint, class T>
 PSA_DEVICE Vec load_wide(const Window<const T>& w) {
   Vec v = {{0, 0, 0, 0}};
-  if (w.wide) v = kRead == Read::last ? load_global_last(w.data) : load_global(w.data);
+  if (w.wide)
+    v = kHint == CacheHint::evict_first ? load_global_evict_first(w.data) : load_global(w.data);
   return v;
 }
 template <class T>
@@ -131,7 +133,7 @@ PSA_DEVICE void load_narrow(const Window<const T>& w, Vec& v) {
   }
 }
 
-// Element j of a vector, j known when compiling.
+// Element j of a vector; j is a compile-time constant once the loop is unrolled.
 template <class T>
 PSA_DEVICE T element(const Vec& v, int j) {
   if constexpr (sizeof(T) == 4) {
@@ -157,13 +159,14 @@ PSA_DEVICE int divide(int n, Divisor d) {
   return int((uint32_t(uint64_t(uint32_t(n)) * d.magic >> 32) + uint32_t(n)) >> d.shift);
 }
 
-// The sum over groups of neighbouring lanes, a power of two of them; all lanes of the warp call it.
+// Sums over groups of `lanes` neighbouring lanes, a power of two. All lanes of the warp must call
+// it.
 PSA_DEVICE float sum_of_lanes(float value, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 
-// The sum of a vector's elements [low, high), or of their products with another's.
+// The sum of elements [low, high) of x, or of x * g.
 template <class T, bool kProduct>
 PSA_DEVICE float sum_of_elements(Vec x, Vec g, int low, int high) {
   float a[kVec<T>];
@@ -217,7 +220,7 @@ PSA_DEVICE void store_element(const Matrix& m, int64_t row, int64_t column, floa
   }
 }
 
-// Calls f with an element of the dtype.
+// Calls f with a zero of the dtype's element type.
 template <class F>
 void dispatch(Dtype dtype, F f) {
   switch (dtype) {

@@ -1,175 +1,177 @@
-// The small network of one sample, by one block: from its sums to the attention, and from the sums
-// of part * grad to what each pixel gets back through the mean. The SE has R hidden units.
+// The SE module and the softmax across branches, for one sample by one block. Forward: from the
+// sample's sums to attention. Backward: from the sums of branch * grad, which are the gradient of
+// attention, to grad_mean, the gradient of squeeze over HW.
 //
-// All arrays are (S, C) or (S, R), in shared or in global memory: the barriers order both.
+// All arrays are (S, C) or (S, R), in shared or global memory; the block's barriers order both.
 #pragma once
 
 #include "device.cuh"
 
 namespace psa::cuda {
 
-// Where a block keeps the gate's numbers. Forward: attention may be the same memory as squeeze.
-struct GateMemory {
-  float *squeeze, *attention, *exponential;  // (S, C)
-  float *total, *grad_pre2;                  // (S, C), backward; total becomes the spread
-  float *hidden, *grad_pre1;                 // (S, R)
+// The arrays of a block. attention may share memory with squeeze, and grad_mean with
+// grad_attention.
+struct SEMemory {
+  float *squeeze, *attention, *exp_gate;          // (S, C)
+  float *grad_attention, *grad_pre2, *grad_mean;  // (S, C), backward
+  float *hidden, *grad_pre1;                      // (S, R)
 };
 
-// The numbers that the memory below takes.
-PSA_HOST_DEVICE int64_t gate_floats(const Shape& n, int R, bool backward) {
-  int64_t SC = int64_t(n.S) * n.C, SR = int64_t(n.S) * R;
+// The number of floats that se_memory takes.
+PSA_HOST_DEVICE int64_t se_floats(const Shape& shape, int R, bool backward) {
+  int64_t SC = int64_t(shape.S) * shape.C, SR = int64_t(shape.S) * R;
   return backward ? 3 * SC + 2 * SR : 2 * SC + SR;
 }
 
-PSA_DEVICE GateMemory gate_memory(float* shared, const Shape& n, int R, bool backward) {
-  int SC = n.S * n.C;
-  GateMemory m = {};
+PSA_DEVICE SEMemory se_memory(float* shared, const Shape& shape, int R, bool backward) {
+  int SC = shape.S * shape.C;
+  SEMemory m = {};
   m.squeeze = m.attention = shared;
-  m.exponential = m.total = shared + SC;
+  m.exp_gate = m.grad_attention = m.grad_mean = shared + SC;
   m.grad_pre2 = shared + 2 * SC;
   m.hidden = shared + (backward ? 3 : 2) * SC;
-  m.grad_pre1 = m.hidden + n.S * R;
+  m.grad_pre1 = m.hidden + shape.S * R;
   return m;
 }
 
-// hidden = relu(fc1 squeeze), a warp for each unit. A NaN passes, as in PyTorch's relu.
-PSA_DEVICE void hidden_units(const Gate& gate, const Shape& n, const GateMemory& m) {
+// hidden = relu(fc1 squeeze), one warp for each unit. A NaN passes, as in PyTorch's relu.
+PSA_DEVICE void compute_hidden(const SEArgs& se, const Shape& shape, const SEMemory& m) {
   int lane = thread_index() % kWarp;
-  for (int i = thread_index() / kWarp; i < n.S * gate.R; i += block_threads() / kWarp) {
-    int s = i / gate.R, r = i % gate.R;
+  for (int i = thread_index() / kWarp; i < shape.S * se.R; i += block_threads() / kWarp) {
+    int s = i / se.R, r = i % se.R;
     float sum = 0;
-    for (int c = lane; c < n.C; c += kWarp) {
-      sum += m.squeeze[s * n.C + c] * load_element(gate.se.fc1_weight, r, c);
+    for (int c = lane; c < shape.C; c += kWarp) {
+      sum += m.squeeze[s * shape.C + c] * load_element(se.weights.fc1_weight, r, c);
     }
-    sum = sum_of_lanes(sum, kWarp) + load_element(gate.se.fc1_bias, r, 0);
+    sum = sum_of_lanes(sum, kWarp) + load_element(se.weights.fc1_bias, r, 0);
     if (lane == 0) m.hidden[i] = sum < 0 ? 0 : sum;
   }
 }
 
-// sigmoid(fc2 hidden).
-PSA_DEVICE float gate_of(const Gate& gate, const GateMemory& m, int s, int c) {
-  float pre = load_element(gate.se.fc2_bias, c, 0);
-  for (int r = 0; r < gate.R; ++r) {
-    pre += m.hidden[s * gate.R + r] * load_element(gate.se.fc2_weight, c, r);
+// gate = sigmoid(fc2 hidden), of one channel.
+PSA_DEVICE float gate_of(const SEArgs& se, const SEMemory& m, int s, int c) {
+  float pre2 = load_element(se.weights.fc2_bias, c, 0);
+  for (int r = 0; r < se.R; ++r) {
+    pre2 += m.hidden[s * se.R + r] * load_element(se.weights.fc2_weight, c, r);
   }
-  return 1 / (1 + exponential(-pre));
+  return 1 / (1 + exponential(-pre2));
 }
 
-// Fills m.attention. total(i) is sample b's sum i of S * C. `publish`: squeeze and attention go to
-// global memory as well. Ends with a barrier.
+// Fills m.attention. total(i) returns sample b's sum i of S * C. `publish`: also write squeeze and
+// attention to global memory. Ends with a barrier.
 template <class Total>
-PSA_DEVICE void forward_gate(const Gate& gate, const Shape& n, int64_t b, const GateMemory& m,
-                             bool publish, Total total) {
-  int SC = n.S * n.C;
+PSA_DEVICE void se_forward(const SEArgs& se, const Shape& shape, int64_t b, const SEMemory& m,
+                           bool publish, Total total) {
+  int SC = shape.S * shape.C;
   int64_t sample = b * SC;
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    float mean = total(i) / float(n.HW);
+    float mean = total(i) / float(shape.HW);
     m.squeeze[i] = mean;
-    if (publish) gate.squeeze[sample + i] = mean;
+    if (publish) se.squeeze[sample + i] = mean;
   }
   sync_block();
-  hidden_units(gate, n, m);
+  compute_hidden(se, shape, m);
   sync_block();
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    int s = divide(i, n.channels);
-    // The gate is in (0, 1): its exponential needs no maximum subtracted.
-    m.exponential[i] = exponential(gate_of(gate, m, s, i - s * n.C));
+    int s = divide(i, shape.channels);
+    // The gate is in (0, 1): the softmax needs no maximum subtracted.
+    m.exp_gate[i] = exponential(gate_of(se, m, s, i - s * shape.C));
   }
   sync_block();
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    int c = i - divide(i, n.channels) * n.C;
+    int c = i - divide(i, shape.channels) * shape.C;
     float sum = 0;
-    for (int s = 0; s < n.S; ++s) sum += m.exponential[s * n.C + c];
-    float attention = m.exponential[i] / sum;
+    for (int s = 0; s < shape.S; ++s) sum += m.exp_gate[s * shape.C + c];
+    float attention = m.exp_gate[i] / sum;
     m.attention[i] = attention;
-    if (publish) gate.attention[sample + i] = attention;
+    if (publish) se.attention[sample + i] = attention;
   }
   sync_block();
 }
 
-// Turns m.total into the spread, and fills m.hidden and both grad_pre. The attention is the
-// forward's, in global memory. Ends with a barrier.
+// Fills m.grad_mean, m.hidden, m.grad_pre1 and m.grad_pre2. total(i) returns sample b's sum i of
+// S * C. Reads the forward's squeeze and attention from global memory. Ends with a barrier.
 template <class Total>
-PSA_DEVICE void backward_gate(const Gate& gate, const Shape& n, int64_t b, const GateMemory& m,
-                              Total total) {
-  int SC = n.S * n.C, lane = thread_index() % kWarp;
-  const float* attention = gate.attention + b * SC;
+PSA_DEVICE void se_backward(const SEArgs& se, const Shape& shape, int64_t b, const SEMemory& m,
+                            Total total) {
+  int SC = shape.S * shape.C, lane = thread_index() % kWarp;
+  const float* attention = se.attention + b * SC;
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    m.total[i] = total(i);
-    m.squeeze[i] = gate.squeeze[b * SC + i];
+    m.grad_attention[i] = total(i);
+    m.squeeze[i] = se.squeeze[b * SC + i];
   }
   sync_block();
-  hidden_units(gate, n, m);
+  compute_hidden(se, shape, m);
   sync_block();
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    int s = divide(i, n.channels), c = i - s * n.C;
+    int s = divide(i, shape.channels), c = i - s * shape.C;
     float mean = 0;
-    for (int j = c; j < SC; j += n.C) mean += m.total[j] * attention[j];
-    float y = gate_of(gate, m, s, c);
-    m.grad_pre2[i] = attention[i] * (m.total[i] - mean) * y * (1 - y);
+    for (int j = c; j < SC; j += shape.C) mean += m.grad_attention[j] * attention[j];
+    float gate = gate_of(se, m, s, c);
+    m.grad_pre2[i] = attention[i] * (m.grad_attention[i] - mean) * gate * (1 - gate);
   }
   sync_block();
-  for (int i = thread_index() / kWarp; i < n.S * gate.R; i += block_threads() / kWarp) {
-    int s = i / gate.R, r = i % gate.R;
+  for (int i = thread_index() / kWarp; i < shape.S * se.R; i += block_threads() / kWarp) {
+    int s = i / se.R, r = i % se.R;
     float sum = 0;
-    for (int c = lane; c < n.C; c += kWarp) {
-      sum += m.grad_pre2[s * n.C + c] * load_element(gate.se.fc2_weight, c, r);
+    for (int c = lane; c < shape.C; c += kWarp) {
+      sum += m.grad_pre2[s * shape.C + c] * load_element(se.weights.fc2_weight, c, r);
     }
     sum = sum_of_lanes(sum, kWarp);
     if (lane == 0) m.grad_pre1[i] = m.hidden[i] <= 0 ? 0 : sum;
   }
   sync_block();
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    int s = divide(i, n.channels), c = i - s * n.C;
+    int s = divide(i, shape.channels), c = i - s * shape.C;
     float sum = 0;
-    for (int r = 0; r < gate.R; ++r) {
-      sum += m.grad_pre1[s * gate.R + r] * load_element(gate.se.fc1_weight, r, c);
+    for (int r = 0; r < se.R; ++r) {
+      sum += m.grad_pre1[s * se.R + r] * load_element(se.weights.fc1_weight, r, c);
     }
-    m.total[i] = sum / float(n.HW);
+    m.grad_mean[i] = sum / float(shape.HW);
   }
   sync_block();
 }
 
-// What fc's gradients are made of, for sample b; nothing where they aren't asked for.
-PSA_DEVICE void publish_gate_grads(const Gate& gate, const Shape& n, int64_t b,
-                                   const GateMemory& m) {
-  if (!gate.hidden) return;
-  int SC = n.S * n.C, SR = n.S * gate.R;
+// Writes the inputs of fc_grad for sample b to global memory, if the fc gradients are requested.
+PSA_DEVICE void publish_se_grads(const SEArgs& se, const Shape& shape, int64_t b,
+                                 const SEMemory& m) {
+  if (!se.hidden) return;
+  int SC = shape.S * shape.C, SR = shape.S * se.R;
   for (int i = thread_index(); i < SC; i += block_threads()) {
-    gate.grad_pre2[b * SC + i] = m.grad_pre2[i];
+    se.grad_pre2[b * SC + i] = m.grad_pre2[i];
   }
   for (int i = thread_index(); i < SR; i += block_threads()) {
-    gate.hidden[b * SR + i] = m.hidden[i];
-    gate.grad_pre1[b * SR + i] = m.grad_pre1[i];
+    se.hidden[b * SR + i] = m.hidden[i];
+    se.grad_pre1[b * SR + i] = m.grad_pre1[i];
   }
 }
 
-// Sample b's sum i of S * C, its splits added in order.
-PSA_DEVICE float sum_of_splits(const Gate& gate, int SC, int64_t b, int i) {
-  const float* sums = gate.sums + b * gate.splits * SC + i;
+// Sample b's sum i of S * C: the sums of its splits, added in order.
+PSA_DEVICE float sum_of_splits(const SEArgs& se, int SC, int64_t b, int i) {
+  const float* sums = se.sums + b * se.splits * SC + i;
   float total = 0;
-  for (int split = 0; split < gate.splits; ++split) total += sums[int64_t(split) * SC];
+  for (int split = 0; split < se.splits; ++split) total += sums[int64_t(split) * SC];
   return total;
 }
 
-// The gate's results for one sample: (S, C) each.
-struct Recalibration {
-  const float *attention, *spread;  // spread: backward
+// The results for one sample: (S, C) each.
+struct SEResult {
+  const float *attention, *grad_mean;  // grad_mean: backward only
 };
 
-// The gate of sample b by this block, in shared memory of gate_floats.
-template <bool kBackward, class Params, class Total>
-PSA_DEVICE Recalibration gate_of_sample(const Params& p, int64_t b, float* shared, bool publish,
-                                        Total total) {
-  const Gate& gate = p.gate;
-  const Shape& n = p.shape;
-  GateMemory m = gate_memory(shared, n, gate.R, kBackward);
+// Computes the SE module of sample b in `shared`, of se_floats floats.
+template <bool kBackward, class Args, class Total>
+PSA_DEVICE SEResult se_of_sample(const Args& args, int64_t b, float* shared, bool publish,
+                                 Total total) {
+  const SEArgs& se = args.se;
+  const Shape& shape = args.shape;
+  SEMemory m = se_memory(shared, shape, se.R, kBackward);
   if constexpr (kBackward) {
-    backward_gate(gate, n, b, m, total);
-    if (publish) publish_gate_grads(gate, n, b, m);
-    return {gate.attention + b * n.S * n.C, m.total};
+    se_backward(se, shape, b, m, total);
+    if (publish) publish_se_grads(se, shape, b, m);
+    return {se.attention + b * shape.S * shape.C, m.grad_mean};
   } else {
-    forward_gate(gate, n, b, m, publish, total);
+    se_forward(se, shape, b, m, publish, total);
     return {m.attention, nullptr};
   }
 }

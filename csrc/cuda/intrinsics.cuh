@@ -1,5 +1,6 @@
-// Everything that only nvcc understands: PTX, built-in variables, launches. The kernels know these
-// functions alone, so that tests/emulator/intrinsics.h can stand in for them on a CPU.
+// All code that only nvcc compiles: PTX, built-in variables, launches. The kernels use the device
+// through these functions alone; tests/helpers/emulator/intrinsics.h defines the same ones for a
+// CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +14,7 @@
 #include <string>
 #include <utility>
 
-// A kernel of at most so many threads, so many blocks of which are to fit a processor.
+// A kernel with at most `threads` threads in a block, `blocks` of which shall fit a multiprocessor.
 #define PSA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define PSA_PARAM(Type) const __grid_constant__ Type
 #define PSA_DEVICE __device__ __forceinline__
@@ -44,7 +45,7 @@ PSA_DEVICE void sync_block() {
   __syncthreads();
 }
 
-// The value of the lane whose index differs in `mask`. All 32 lanes take part.
+// Returns the value of lane (own lane ^ mask). All 32 lanes of the warp must call it.
 PSA_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
@@ -58,20 +59,20 @@ struct alignas(16) Vec {
   uint32_t word[4];
 };
 
-// Of shared memory.
+// Loads from shared memory.
 PSA_DEVICE Vec load_shared(const void* p) {
   uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// Of global memory that no thread of the kernel writes.
+// Loads from global memory that no thread of the kernel writes.
 PSA_DEVICE Vec load_global(const void* p) {
   uint4 v = __ldg(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// The same where nobody reads again soon: first to leave the caches.
-PSA_DEVICE Vec load_global_last(const void* p) {
+// Likewise, for memory that is not read again soon: the caches evict it first.
+PSA_DEVICE Vec load_global_evict_first(const void* p) {
   uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
@@ -99,7 +100,7 @@ PSA_DEVICE uint16_t bfloat_of_float(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
-// Two numbers in one word, the first in its low half.
+// Two 16-bit numbers in one word, the first in the low half.
 PSA_DEVICE uint32_t halves_of_floats(float low, float high) {
   __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<uint32_t*>(&pair);
@@ -109,7 +110,7 @@ PSA_DEVICE uint32_t bfloats_of_floats(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-// A barrier in shared memory that bulk copies complete, used for one phase.
+// An mbarrier in shared memory. Bulk copies complete it; each is used for one phase only.
 using Barrier = uint64_t;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -129,7 +130,7 @@ PSA_DEVICE int cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return int(size);
 }
-// What a block wrote before its arrival is seen by the others after their wait.
+// After cluster_wait a block sees all writes that other blocks made before their cluster_arrive.
 PSA_DEVICE void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
@@ -137,7 +138,7 @@ PSA_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// *p as block `rank` of the cluster has it in its shared memory.
+// Reads *p from the shared memory of block `rank` of the cluster.
 PSA_DEVICE float load_remote(const float* p, int rank) {
   uint32_t address;
   float value;
@@ -146,7 +147,8 @@ PSA_DEVICE float load_remote(const float* p, int rank) {
   return value;
 }
 
-// One thread arms a barrier with the bytes that it will copy; fence_barriers() comes between.
+// One thread initialises a barrier, calls fence_barriers(), then arms the barrier with the number
+// of bytes that it will copy.
 PSA_DEVICE void barrier_init(Barrier* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -171,8 +173,9 @@ PSA_DEVICE void barrier_wait(Barrier* barrier) {
       : "memory");
 }
 
-// Copies `bytes`, a multiple of 16, between addresses aligned to 16, into shared memory; whoever
-// waits for the barrier sees them. The source is read for the last time: first to leave L2.
+// Starts an asynchronous copy of `bytes`, a multiple of 16, from global to shared memory, both
+// aligned to 16. Threads see the bytes after barrier_wait. L2 evicts the source first: it is not
+// read again.
 PSA_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -184,8 +187,8 @@ PSA_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* b
 }
 #endif
 
-// Lets a kernel have so many bytes of dynamic shared memory on the current device. What it may have
-// only grows: a thread that launches it with few mustn't take them from one that needs many.
+// Raises the kernel's limit of dynamic shared memory on the current device to `bytes`. The limit
+// never shrinks: another host thread may be about to launch the kernel with more.
 inline cudaError_t allow_shared(const void* kernel, int bytes) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> allowed;
@@ -193,14 +196,14 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   std::lock_guard<std::mutex> lock(mutex);
-  int& most = allowed[{kernel, device}];
-  if (bytes <= most) return cudaSuccess;
+  int& limit = allowed[{kernel, device}];
+  if (bytes <= limit) return cudaSuccess;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) most = bytes;
+  if (error == cudaSuccess) limit = bytes;
   return error;
 }
 
-// Launches a kernel that takes one struct. More than one block in a cluster needs sm_90.
+// Launches a kernel that takes one struct. Clusters of more than one block need sm_90.
 template <class Params>
 void launch(void (*kernel)(Params), const char* name, int64_t blocks, int threads, int cluster,
             int64_t shared_bytes, void* stream, const Params& params) {
@@ -228,7 +231,7 @@ void launch(void (*kernel)(Params), const char* name, int64_t blocks, int thread
     error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
   }
   if (error != cudaSuccess) {
-    cudaGetLastError();  // so that the next launch doesn't report this one
+    cudaGetLastError();  // clears the error, or the next launch would report it
     throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
   }
 }

@@ -1,23 +1,24 @@
+// Queries the limits of a device.
 #include "device.cuh"
 
 namespace psa::cuda {
 
-static int attribute(cudaDeviceAttr what, int device) {
+static int attribute(cudaDeviceAttr attr, int device) {
   int value = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&value, what, device);
+  cudaError_t error = cudaDeviceGetAttribute(&value, attr, device);
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
   }
   return value;
 }
 
-Limits limits_of(int device) {
-  Limits limits;
+DeviceLimits device_limits(int device) {
+  DeviceLimits limits;
   limits.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                 attribute(cudaDevAttrComputeCapabilityMinor, device);
-  limits.processors = attribute(cudaDevAttrMultiProcessorCount, device);
+  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  limits.shared_per_processor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   return limits;
 }
 

@@ -1,4 +1,4 @@
-// What the operator asks, as the kernels see it: checked, and how it lies in memory.
+// Checks the operator's arguments for the CUDA kernels and finds their memory format.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +9,19 @@
 
 namespace psa::cuda {
 
-constexpr int64_t kLargestRun = int64_t(1) << 30;  // elements, counted in int32
+constexpr int64_t kMaxRun = int64_t(1) << 30;  // elements, counted in int32
 
 inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// A tensor as the kernels see it, and what to ask of its strides.
+// A tensor (B, channels, HW), for predicates about its strides.
 struct Access {
   Strided tensor;
   int64_t channels;
 };
 
-inline bool is_run(const Access& t, int64_t HW) {
+inline bool is_contiguous(const Access& t, int64_t HW) {
   return (HW == 1 || t.tensor.pixel == 1) && (t.channels == 1 || t.tensor.channel == HW);
 }
 
@@ -29,21 +29,21 @@ inline bool is_aligned(const Strided& t, int64_t size) {
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.batch * size % 16 == 0;
 }
 
-// Vectors of channels, each aligned.
-inline bool is_column(const Access& t, int64_t size) {
+// True if each pixel's channels are contiguous and start at a multiple of 16 bytes.
+inline bool is_channels_last(const Access& t, int64_t size) {
   return t.channels > 1 && t.tensor.channel == 1 && is_aligned(t.tensor, size) &&
          t.tensor.pixel * size % 16 == 0;
 }
 
-// All that forward and backward are asked, in one.
+// The arguments of a forward or a backward.
 struct Problem {
   const Tail& tail;
   const Gradients* gradients;  // null: forward
-  Limits limits;
+  DeviceLimits limits;
   Shape shape;
-  int64_t size;  // of an element, in bytes
-  Strided parts[kMaxBranches], grads[kMaxBranches], cat;
-  Layout layout;  // of all of them
+  int64_t element_size;  // bytes
+  Strided branches[kMaxBranches], grads[kMaxBranches], concat;
+  MemoryFormat memory_format;  // of all of them
 
   bool backward() const { return gradients != nullptr; }
   bool branch_grads() const { return gradients && gradients->branches; }
@@ -56,35 +56,37 @@ inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument("psa_tail: " + message);
 }
 
-// A stride along a dimension of size one means nothing.
-inline Strided canonical(Strided t, const Tail& tail) {
+// The stride of a dimension of size one is meaningless; this sets it to 0.
+inline Strided with_canonical_strides(Strided t, const Tail& tail) {
   if (tail.B == 1) t.batch = 0;
   if (tail.HW == 1) t.pixel = 0;
   return t;
 }
 
+// True if the test holds for concat, the branches and their requested gradients.
 template <class Test>
 bool all_of(const Problem& p, Test test) {
-  bool all = test(Access{p.cat, p.SC()});
+  bool all = test(Access{p.concat, p.SC()});
   for (int s = 0; s < p.shape.S; ++s) {
-    all = all && test(Access{p.parts[s], p.shape.C});
+    all = all && test(Access{p.branches[s], p.shape.C});
     if (p.grads[s].data) all = all && test(Access{p.grads[s], p.shape.C});
   }
   return all;
 }
 
-inline Layout layout_of(const Problem& p) {
-  int64_t HW = p.shape.HW, vec = 16 / p.size;
-  if (p.shape.C * HW <= kLargestRun && all_of(p, [&](Access t) { return is_run(t, HW); })) {
-    return Layout::runs;
+inline MemoryFormat memory_format_of(const Problem& p) {
+  int64_t HW = p.shape.HW, vec = 16 / p.element_size;
+  if (p.shape.C * HW <= kMaxRun && all_of(p, [&](Access t) { return is_contiguous(t, HW); })) {
+    return MemoryFormat::contiguous;
   }
-  if (p.shape.C % vec == 0 && all_of(p, [&](Access t) { return is_column(t, p.size); })) {
-    return Layout::columns;
+  if (p.shape.C % vec == 0 &&
+      all_of(p, [&](Access t) { return is_channels_last(t, p.element_size); })) {
+    return MemoryFormat::channels_last;
   }
-  return Layout::strided;
+  return MemoryFormat::strided;
 }
 
-inline Problem problem_of(const Tail& tail, const Gradients* gradients, int device) {
+inline Problem make_problem(const Tail& tail, const Gradients* gradients, int device) {
   require(tail.dtype != Dtype::float64,
           "the cuda kernels take branches of float16, bfloat16 or float32, not float64");
   require(tail.S >= 1 && tail.S <= kMaxBranches, "the cuda kernels take up to " +
@@ -92,21 +94,21 @@ inline Problem problem_of(const Tail& tail, const Gradients* gradients, int devi
                                                      " branches, not " + std::to_string(tail.S));
   require(tail.C >= 1 && tail.HW >= 1 && tail.se.R >= 1,
           "the cuda kernels need a channel, a pixel and a hidden unit at least");
-  require(tail.S * std::max(tail.C, tail.se.R) <= kLargestRun,
+  require(tail.S * std::max(tail.C, tail.se.R) <= kMaxRun,
           "the cuda kernels take up to 2^30 channels");
-  Problem p = {tail, gradients, limits_of(device), {}, size_of(tail.dtype), {}, {}, {}, {}};
+  Problem p = {tail, gradients, device_limits(device), {}, size_of(tail.dtype), {}, {}, {}, {}};
   p.shape.B = tail.B;
   p.shape.HW = tail.HW;
   p.shape.S = int32_t(tail.S);
   p.shape.C = int32_t(tail.C);
   p.shape.channels = Divisor(tail.C);
-  p.cat = canonical(tail.cat, tail);
+  p.concat = with_canonical_strides(tail.concat, tail);
   for (int s = 0; s < tail.S; ++s) {
-    p.parts[s] = canonical(tail.branches[s], tail);
-    if (p.branch_grads()) p.grads[s] = canonical(gradients->branches[s], tail);
+    p.branches[s] = with_canonical_strides(tail.branches[s], tail);
+    if (p.branch_grads()) p.grads[s] = with_canonical_strides(gradients->branches[s], tail);
   }
-  p.layout = layout_of(p);
-  if (p.layout == Layout::runs) {
+  p.memory_format = memory_format_of(p);
+  if (p.memory_format == MemoryFormat::contiguous) {
     p.shape.run = int32_t(tail.C * tail.HW);
     p.shape.pixels = Divisor(tail.HW);
   }

@@ -1,182 +1,191 @@
-// The first of the two passes: sums over pixels, of the branches (squeeze) or of branches * grad.
+// The first of the two passes: sums over pixels, of the branches (forward) or of branches * grad
+// (backward).
 #include "columns.cuh"
 
 namespace psa::cuda {
 namespace {
 
-// A row of pixels [low, high) of the runs x and g, which have the same coordinates.
+// Pixels of one channel: elements [low, high) of the runs x (a branch) and g (its gradient).
 template <class T>
-struct Row {
+struct PixelRow {
   Run<const T> x, g;
   int low, high;
-  int first;  // where the windows start: at or before low, where x is aligned
+  int first;  // start of the first window: the last element up to low where x is aligned
 };
 
 template <class T, bool kProduct>
-PSA_DEVICE Row<T> row_of(const Sums& p, int64_t b, int split, int r) {
-  const Shape& n = p.shape;
-  int s = divide(r, n.channels), c = r - s * n.C;
-  const Strided& part = p.parts[s];
-  Row<T> row;
-  row.x = {static_cast<const T*>(part.data) + b * part.batch, n.run};
+PSA_DEVICE PixelRow<T> make_row(const SumArgs& args, int64_t b, int split, int r) {
+  const Shape& shape = args.shape;
+  int s = divide(r, shape.channels), c = r - s * shape.C;
+  const Strided& branch = args.branches[s];
+  PixelRow<T> row;
+  row.x = {static_cast<const T*>(branch.data) + b * branch.batch, shape.run};
   row.g = row.x;
   if constexpr (kProduct) {
-    row.g.data = static_cast<const T*>(p.cat.data) + b * p.cat.batch;
-    row.g.data += int64_t(n.S - 1 - s) * n.run;
+    row.g.data = static_cast<const T*>(args.concat.data) + b * args.concat.batch;
+    row.g.data += int64_t(shape.S - 1 - s) * shape.run;
   }
-  int end = (c + 1) * int(n.HW);
-  row.low = c * int(n.HW) + split * int(p.split_pixels);
-  row.high = row.low + int(p.split_pixels);
+  int end = (c + 1) * int(shape.HW);
+  row.low = c * int(shape.HW) + split * int(args.split_pixels);
+  row.high = row.low + int(args.split_pixels);
   if (row.high > end) row.high = end;
   row.first = row.low - misaligned(row.x.data + row.low);
   return row;
 }
 
-// What a thread has in flight.
-struct Flight {
+// The 16-byte loads of one window that a thread has in flight.
+struct InFlightLoads {
   Vec x, g;
 };
 
-// The branches are read for the last time where there is a gradient, which is read again.
+// The backward doesn't read the branches again after this pass, but the gradient.
 template <class T, bool kProduct>
-PSA_DEVICE Flight take_off(const Row<T>& row, int i) {
-  Flight f = {};
-  f.x = load_wide<kProduct ? Read::last : Read::again>(window_of(row.x, i, row.low, row.high));
-  if (kProduct) f.g = load_wide<Read::again>(window_of(row.g, i, row.low, row.high));
-  return f;
+PSA_DEVICE InFlightLoads issue_loads(const PixelRow<T>& row, int i) {
+  InFlightLoads in_flight = {};
+  in_flight.x = load_wide<kProduct ? CacheHint::evict_first : CacheHint::keep>(
+      window_of(row.x, i, row.low, row.high));
+  if (kProduct) in_flight.g = load_wide<CacheHint::keep>(window_of(row.g, i, row.low, row.high));
+  return in_flight;
 }
 
-// The sum of what arrives.
+// Waits for the loads and returns the sum of their elements.
 template <class T, bool kProduct>
-PSA_DEVICE float land(const Row<T>& row, int i, Flight f) {
-  load_narrow(window_of(row.x, i, row.low, row.high), f.x);
-  if (kProduct) load_narrow(window_of(row.g, i, row.low, row.high), f.g);
-  return sum_of_elements<T, kProduct>(f.x, f.g, row.low - i, row.high - i);
+PSA_DEVICE float accumulate(const PixelRow<T>& row, int i, InFlightLoads in_flight) {
+  load_narrow(window_of(row.x, i, row.low, row.high), in_flight.x);
+  if (kProduct) load_narrow(window_of(row.g, i, row.low, row.high), in_flight.g);
+  return sum_of_elements<T, kProduct>(in_flight.x, in_flight.g, row.low - i, row.high - i);
 }
 
-// One row by a warp: several windows of it in flight.
+// A warp sums one row; each lane has several windows in flight.
 template <class T, bool kProduct>
-PSA_DEVICE float sum_of_long_row(const Row<T>& row) {
+PSA_DEVICE float sum_of_long_row(const PixelRow<T>& row) {
   constexpr int kStep = kWarp * kVec<T>;
   float sum = 0;
-  for (int i = row.first + thread_index() % kWarp * kVec<T>; i < row.high; i += kFlight * kStep) {
-    Flight flights[kFlight];
+  for (int i = row.first + thread_index() % kWarp * kVec<T>; i < row.high;
+       i += kLoadsInFlight * kStep) {
+    InFlightLoads loads[kLoadsInFlight];
 #pragma unroll
-    for (int u = 0; u < kFlight; ++u) flights[u] = take_off<T, kProduct>(row, i + u * kStep);
+    for (int u = 0; u < kLoadsInFlight; ++u)
+      loads[u] = issue_loads<T, kProduct>(row, i + u * kStep);
 #pragma unroll
-    for (int u = 0; u < kFlight; ++u) sum += land<T, kProduct>(row, i + u * kStep, flights[u]);
+    for (int u = 0; u < kLoadsInFlight; ++u)
+      sum += accumulate<T, kProduct>(row, i + u * kStep, loads[u]);
   }
   return sum_of_lanes(sum, kWarp);
 }
 
-// Rows of at most p.lanes windows, one for each lane of a group; several rows in flight.
+// A group of args.lanes lanes sums rows of at most so many windows, one window a lane; each lane
+// has the windows of several rows in flight.
 template <class T, bool kProduct>
-PSA_DEVICE void sum_short_rows(const Sums& p, int64_t b, int split, int begin, int end,
+PSA_DEVICE void sum_short_rows(const SumArgs& args, int64_t b, int split, int begin, int end,
                                float* sums) {
-  int lane = thread_index() % p.lanes, groups = kThreads / p.lanes;
-  int r = begin + thread_index() / p.lanes;
-  Flight flights[kFlight];
+  int lane = thread_index() % args.lanes, groups = kThreads / args.lanes;
+  int r = begin + thread_index() / args.lanes;
+  InFlightLoads loads[kLoadsInFlight];
 #pragma unroll
-  for (int u = 0; u < kFlight; ++u) {
+  for (int u = 0; u < kLoadsInFlight; ++u) {
     if (r + u * groups >= end) break;
-    Row<T> row = row_of<T, kProduct>(p, b, split, r + u * groups);
-    flights[u] = take_off<T, kProduct>(row, row.first + lane * kVec<T>);
+    PixelRow<T> row = make_row<T, kProduct>(args, b, split, r + u * groups);
+    loads[u] = issue_loads<T, kProduct>(row, row.first + lane * kVec<T>);
   }
 #pragma unroll
-  for (int u = 0; u < kFlight; ++u, r += groups) {
+  for (int u = 0; u < kLoadsInFlight; ++u, r += groups) {
     float sum = 0;
     if (r < end) {
-      Row<T> row = row_of<T, kProduct>(p, b, split, r);
-      sum = land<T, kProduct>(row, row.first + lane * kVec<T>, flights[u]);
+      PixelRow<T> row = make_row<T, kProduct>(args, b, split, r);
+      sum = accumulate<T, kProduct>(row, row.first + lane * kVec<T>, loads[u]);
     }
-    sum = sum_of_lanes(sum, p.lanes);
+    sum = sum_of_lanes(sum, args.lanes);
     if (lane == 0 && r < end) sums[r] = sum;
   }
 }
 
 template <class T, bool kProduct>
 PSA_KERNEL(kThreads, kProduct ? 2 : 3)
-sum_rows(PSA_PARAM(Sums) p) {
-  int64_t slice = block_index() / p.blocks, b = slice / p.splits;
-  int split = int(slice % p.splits), rows = p.shape.S * p.shape.C;
-  int begin = int(block_index() % p.blocks) * p.rows;
-  int end = begin + p.rows < rows ? begin + p.rows : rows;
-  float* sums = p.sums + slice * rows;
-  if (!p.long_rows) {
-    sum_short_rows<T, kProduct>(p, b, split, begin, end, sums);
+sum_rows(PSA_PARAM(SumArgs) args) {
+  int64_t slice = block_index() / args.blocks, b = slice / args.splits;
+  int split = int(slice % args.splits), rows = args.shape.S * args.shape.C;
+  int begin = int(block_index() % args.blocks) * args.rows;
+  int end = begin + args.rows < rows ? begin + args.rows : rows;
+  float* sums = args.sums + slice * rows;
+  if (!args.long_rows) {
+    sum_short_rows<T, kProduct>(args, b, split, begin, end, sums);
     return;
   }
   for (int r = begin + thread_index() / kWarp; r < end; r += kThreads / kWarp) {
-    float sum = sum_of_long_row<T, kProduct>(row_of<T, kProduct>(p, b, split, r));
+    float sum = sum_of_long_row<T, kProduct>(make_row<T, kProduct>(args, b, split, r));
     if (thread_index() % kWarp == 0) sums[r] = sum;
   }
 }
 
 template <class T, bool kWide, bool kProduct>
 PSA_KERNEL(kThreads, kProduct ? 2 : 3)
-sum_columns(PSA_PARAM(Sums) p) {
+sum_columns(PSA_PARAM(SumArgs) args) {
   constexpr int kSize = kChannels<T, kWide>;
-  const Shape& n = p.shape;
-  int64_t slice = block_index() / p.blocks, b = slice / p.splits;
-  int64_t begin = slice % p.splits * p.split_pixels;
-  int64_t end = begin + p.split_pixels < n.HW ? begin + p.split_pixels : n.HW;
-  int first = int(block_index() % p.blocks) * p.tile;
-  Column<kSize> column(n, first, p.tile, p.tile_pixels, p.pixels_inner);
+  const Shape& shape = args.shape;
+  int64_t slice = block_index() / args.blocks, b = slice / args.splits;
+  int64_t begin = slice % args.splits * args.split_pixels;
+  int64_t end = begin + args.split_pixels < shape.HW ? begin + args.split_pixels : shape.HW;
+  int first = int(block_index() % args.blocks) * args.tile;
+  Column<kSize> column(shape, first, args.tile, args.tile_pixels, args.pixels_inner);
   float sum[kSize] = {};
   if (column.active) {
-    const Strided& part = p.parts[column.s];
-    const T* x = static_cast<const T*>(part.data) + b * part.batch + column.c * part.channel;
-    const T* g = static_cast<const T*>(p.cat.data) + b * p.cat.batch + column.k * p.cat.channel;
-    for (int64_t q = begin + column.pixel; q < end; q += kFlight * p.tile_pixels) {
-      Raw<T, kWide> in_x[kFlight] = {}, in_g[kFlight] = {};
+    const Strided& branch = args.branches[column.s];
+    const T* x = static_cast<const T*>(branch.data) + b * branch.batch + column.c * branch.channel;
+    const T* g = static_cast<const T*>(args.concat.data) + b * args.concat.batch +
+                 column.k * args.concat.channel;
+    for (int64_t base = begin + column.pixel; base < end;
+         base += kLoadsInFlight * args.tile_pixels) {
+      Raw<T, kWide> in_x[kLoadsInFlight] = {}, in_g[kLoadsInFlight] = {};
 #pragma unroll
-      for (int u = 0; u < kFlight; ++u) {
-        int64_t pixel = q + u * p.tile_pixels;
+      for (int u = 0; u < kLoadsInFlight; ++u) {
+        int64_t pixel = base + u * args.tile_pixels;
         if (pixel >= end) break;
-        in_x[u] = load_raw<kWide, kProduct ? Read::last : Read::again>(x + pixel * part.pixel);
-        if (kProduct) in_g[u] = load_raw<kWide, Read::again>(g + pixel * p.cat.pixel);
+        in_x[u] = load_raw<kWide, kProduct ? CacheHint::evict_first : CacheHint::keep>(
+            x + pixel * branch.pixel);
+        if (kProduct) in_g[u] = load_raw<kWide, CacheHint::keep>(g + pixel * args.concat.pixel);
       }
 #pragma unroll
-      for (int u = 0; u < kFlight; ++u) {
-        float a[kSize], w[kSize];
-        unpack_raw<T>(in_x[u], a);
-        unpack_raw<T>(in_g[u], w);
+      for (int u = 0; u < kLoadsInFlight; ++u) {
+        float in[kSize], grad[kSize];
+        unpack_raw<T>(in_x[u], in);
+        unpack_raw<T>(in_g[u], grad);
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) sum[j] += kProduct ? a[j] * w[j] : a[j];
+        for (int j = 0; j < kSize; ++j) sum[j] += kProduct ? in[j] * grad[j] : in[j];
       }
     }
   }
-  float* sums = p.sums + slice * n.S * n.C;
+  float* sums = args.sums + slice * shape.S * shape.C;
   float* shared = reinterpret_cast<float*>(shared_memory());
-  sum_columns_of(column, sum, p.tile, p.tile_pixels, shared, [&](int i, float total) {
-    int k = first * kSize + i, place = divide(k, n.channels);
-    if (k < n.S * n.C) sums[(n.S - 1 - place) * n.C + k - place * n.C] = total;
+  sum_columns_of(column, sum, args.tile, args.tile_pixels, shared, [&](int i, float total) {
+    int k = first * kSize + i, position = divide(k, shape.channels);
+    if (k < shape.S * shape.C)
+      sums[(shape.S - 1 - position) * shape.C + k - position * shape.C] = total;
   });
 }
 
 template <class T, bool kProduct>
-void launch_sums_of(const Sums& p, Layout layout, void* stream) {
-  int64_t grid = p.shape.B * p.splits * p.blocks;
-  if (layout == Layout::runs) {
-    launch(sum_rows<T, kProduct>, "sum_rows", grid, kThreads, 1, 0, stream, p);
-  } else if (layout == Layout::columns) {
-    int64_t shared = sizeof(float) * column_sum_floats(p.tile, p.tile_pixels, kVec<T>);
-    launch(sum_columns<T, true, kProduct>, "sum_columns", grid, kThreads, 1, shared, stream, p);
-  } else {
-    int64_t shared = sizeof(float) * column_sum_floats(p.tile, p.tile_pixels, 1);
-    launch(sum_columns<T, false, kProduct>, "sum_columns", grid, kThreads, 1, shared, stream, p);
+void launch_sums_of(const SumArgs& args, MemoryFormat memory_format, void* stream) {
+  int64_t grid = args.shape.B * args.splits * args.blocks;
+  if (memory_format == MemoryFormat::contiguous) {
+    launch(sum_rows<T, kProduct>, "sum_rows", grid, kThreads, 1, 0, stream, args);
+    return;
   }
+  bool wide = memory_format == MemoryFormat::channels_last;
+  int64_t floats = column_sum_floats(args.tile, args.tile_pixels, wide ? kVec<T> : 1);
+  auto kernel = wide ? sum_columns<T, true, kProduct> : sum_columns<T, false, kProduct>;
+  launch(kernel, "sum_columns", grid, kThreads, 1, int64_t(sizeof(float)) * floats, stream, args);
 }
 
 }  // namespace
 
-void launch_sums(const Sums& p, Dtype dtype, Layout layout, void* stream) {
+void launch_sums(const SumArgs& args, Dtype dtype, MemoryFormat memory_format, void* stream) {
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    if (p.cat.data) {
-      launch_sums_of<T, true>(p, layout, stream);
+    if (args.concat.data) {
+      launch_sums_of<T, true>(args, memory_format, stream);
     } else {
-      launch_sums_of<T, false>(p, layout, stream);
+      launch_sums_of<T, false>(args, memory_format, stream);
     }
   });
 }

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: every instruction set, any number of threads, whatever is passed."""
+"""The compiled CPU kernels: every instruction set, any number of threads, invalid arguments."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ def test_the_library_is_there() -> None:
 def with_capability(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
-        [sys.executable, *command], env=env | {VARIABLE: capability},
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
+        [sys.executable, *command],
+        env=env | {VARIABLE: capability},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_gives_the_right_numbers(capability: str) -> None:
-    """The operator's tests over the backend `cpu`, in a process that uses this instruction set."""
+    """Run the operators' tests on the backend "cpu", in a process with this instruction set."""
     which = "from epsanet_fused.backends.compiled import library; print(library().cpu_capability)"
     if with_capability(capability, "-c", which).stdout.strip() != capability:
         pytest.skip(f"this CPU has no {capability}")
@@ -77,7 +81,7 @@ def test_every_16_bit_number_is_read_and_rounded_right(dtype: torch.dtype, layou
     with ef.use_backend("cpu"):
         out = ef.psa_tail([x, x], *fc, scale=scale)
     exact = (torch.cat([x, x], 1).float() * (0.5 * scale)[:, None, None]).to(dtype)
-    # bfloat16's conversion in hardware takes subnormal numbers for zero.
+    # The hardware's conversion to bfloat16 treats subnormal numbers as zero.
     tiny = torch.finfo(torch.float32).tiny if dtype == torch.bfloat16 else 0.0
     wrong = (out != exact) & (exact.float().abs() > tiny)
     assert not wrong.any(), (x[wrong][:5], out[wrong][:5], exact[wrong][:5])
@@ -162,12 +166,15 @@ def test_the_library_itself_refuses_bad_input(name: str, op: object) -> None:
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, torch.ones(2, 24, 4, 6)), (0, torch.ones(2, 24, 4, 5).double()), (1, []),
-     (2, torch.ones(2, 3, 9)), (3, torch.ones(2, 3, 8).double()),
-     (3, torch.ones(2, 8, 3).transpose(1, 2))],
-    ids=["grad's shape", "grad's dtype", "no branches", "squeeze's shape", "attention's dtype",
-         "attention's strides"],
-)  # fmt: skip
+    [
+        pytest.param(0, torch.ones(2, 24, 4, 6), id="grad's shape"),
+        pytest.param(0, torch.ones(2, 24, 4, 5).double(), id="grad's dtype"),
+        pytest.param(1, [], id="no branches"),
+        pytest.param(2, torch.ones(2, 3, 9), id="squeeze's shape"),
+        pytest.param(3, torch.ones(2, 3, 8).double(), id="attention's dtype"),
+        pytest.param(3, torch.ones(2, 8, 3).transpose(1, 2), id="attention's strides"),
+    ],
+)
 def test_the_librarys_backward_refuses_bad_input(position: int, value: object) -> None:
     case, fc = good()
     _, squeeze, attention = OPS.psa_tail_native(case.branches, *fc, None, None, False, 0)
@@ -179,7 +186,7 @@ def test_the_librarys_backward_refuses_bad_input(position: int, value: object) -
 
 
 def norm_arguments() -> tuple[list[object], list[object]]:
-    """What the library's psa_tail_norm and its backward take."""
+    """Return valid arguments of the library's psa_tail_norm and of its backward."""
     case, fc = good()
     rest = [*fc, torch.ones(24), torch.zeros(24), 1e-5]
     _, *stats = OPS.psa_tail_norm_native(case.branches, *rest)
@@ -188,11 +195,16 @@ def norm_arguments() -> tuple[list[object], list[object]]:
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, []), (0, [torch.ones(2, 8, 0, 5)] * 3), (1, torch.ones(2, 9)), (4, torch.ones(7)),
-     (5, torch.ones(8)), (6, torch.ones(24, device="meta")), (6, torch.ones(24, dtype=torch.int))],
-    ids=["no branches", "no pixels", "fc1_weight", "fc2_bias", "gamma", "a meta tensor",
-         "beta's dtype"],
-)  # fmt: skip
+    [
+        pytest.param(0, [], id="no branches"),
+        pytest.param(0, [torch.ones(2, 8, 0, 5)] * 3, id="no pixels"),
+        pytest.param(1, torch.ones(2, 9), id="fc1_weight"),
+        pytest.param(4, torch.ones(7), id="fc2_bias"),
+        pytest.param(5, torch.ones(8), id="gamma"),
+        pytest.param(6, torch.ones(24, device="meta"), id="a meta tensor"),
+        pytest.param(6, torch.ones(24, dtype=torch.int), id="beta's dtype"),
+    ],
+)
 def test_the_librarys_psa_tail_norm_refuses_bad_input(position: int, value: object) -> None:
     arguments, _ = norm_arguments()
     arguments[position] = value
@@ -202,13 +214,18 @@ def test_the_librarys_psa_tail_norm_refuses_bad_input(position: int, value: obje
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, torch.ones(2, 24, 4, 6)), (0, torch.ones(2, 24, 4, 5).double()), (1, []),
-     (2, torch.ones(2, 3, 9)), (3, torch.ones(2, 3, 8).double()),
-     (4, torch.ones(2, 8, 3).transpose(1, 2)), (5, torch.ones(8)), (6, torch.ones(48)[::2]),
-     (11, torch.ones(23))],
-    ids=["grad's shape", "grad's dtype", "no branches", "squeeze's shape", "deviation's dtype",
-         "attention's strides", "mean's shape", "var's strides", "gamma's shape"],
-)  # fmt: skip
+    [
+        pytest.param(0, torch.ones(2, 24, 4, 6), id="grad's shape"),
+        pytest.param(0, torch.ones(2, 24, 4, 5).double(), id="grad's dtype"),
+        pytest.param(1, [], id="no branches"),
+        pytest.param(2, torch.ones(2, 3, 9), id="squeeze's shape"),
+        pytest.param(3, torch.ones(2, 3, 8).double(), id="m2's dtype"),
+        pytest.param(4, torch.ones(2, 8, 3).transpose(1, 2), id="attention's strides"),
+        pytest.param(5, torch.ones(8), id="mean's shape"),
+        pytest.param(6, torch.ones(48)[::2], id="var's strides"),
+        pytest.param(11, torch.ones(23), id="gamma's shape"),
+    ],
+)
 def test_the_backward_of_psa_tail_norm_refuses_bad_input(position: int, value: object) -> None:
     _, arguments = norm_arguments()
     OPS.psa_tail_norm_native_backward(*arguments)

@@ -1,6 +1,6 @@
-"""The CUDA kernels give the reference's numbers: their own sources, run by an emulator on the CPU.
+"""The CUDA kernels match the reference: an emulator runs their own sources on a CPU.
 
-emulator/emulator.cpp says what fails here that a card would forgive. Speed is no subject.
+helpers/emulator/emulator.cpp lists the errors that the emulator reports and a GPU may hide.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from helpers.cases import (
     named_case,
 )
 from helpers.emulator import harness
-from helpers.emulator.harness import Card, Emulator
+from helpers.emulator.harness import DeviceLimits, Emulator
 from torch import Tensor
 
 from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
 
-AMPERE = Card(80, 108, 163 * 1024, 164 * 1024)
+AMPERE = DeviceLimits(80, 108, 163 * 1024, 164 * 1024)
 TWO_PASSES = ["sum_rows", "recalibrate_runs"]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if harness.compiler() is None:
-        pytest.skip("the kernels' sources are compiled for the CPU: needs g++ or clang++")
+        pytest.skip("compiling the kernels' sources for a CPU needs g++ or clang++")
     return harness.build(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture
 def emulator(library: Path, threads: None) -> Emulator:
-    torch.set_num_threads(1)  # the tensors are tiny
+    torch.set_num_threads(1)  # the tensors are too small for more
     return Emulator(library)
 
 
 def one_pass_takes(shape: str, dtype: str, layout: str) -> bool:
-    """Whether samples are dense and begin at multiples of 16 bytes, in one memory format."""
+    """Return True if samples are dense and begin at multiples of 16 bytes, in one memory format."""
     vector = 16 // DTYPES[dtype].itemsize
     _, _, C, H, W, _ = SHAPES[shape]
     if layout == "channels_last" and H * W > 1:
@@ -79,7 +79,7 @@ def check(emulator: Emulator, case: Case) -> list[Tensor]:
 
 
 def launches(emulator: Emulator, case: Case) -> tuple[list[str], list[str]]:
-    """The kernels of a forward and of a backward."""
+    """Return the names of the kernels of a forward and of a backward."""
     out, squeeze, attention = emulator.forward(case.branches, case.fc)
     forward = emulator.launches
     emulator.backward(case.grad, case.branches, squeeze, attention, case.fc)
@@ -94,7 +94,7 @@ def test_how_many_kernels_run(emulator: Emulator, layout: str) -> None:
     two = TWO_PASSES if layout == "nchw" else ["sum_columns", "recalibrate_columns"]
     assert launches(emulator, case) == (two, [*two, "fc_grad"])
     emulator.path = "one_pass"
-    emulator.card = Card(processors=1)  # no need for clusters
+    emulator.limits = DeviceLimits(multiprocessors=1)  # no need for clusters
     assert launches(emulator, case) == (["one_pass"], ["one_pass", "fc_grad"])
     _, squeeze, attention = emulator.forward(case.branches, case.fc)
     emulator.backward(case.grad, case.branches, squeeze, attention, case.fc, fc_grads=False)
@@ -102,31 +102,31 @@ def test_how_many_kernels_run(emulator: Emulator, layout: str) -> None:
 
 
 def test_automatic_takes_one_pass_where_it_can(emulator: Emulator) -> None:
-    def kernel(case: Case, card: Card) -> str:
-        emulator.card = card
+    def kernel(case: Case, limits: DeviceLimits) -> str:
+        emulator.limits = limits
         emulator.forward(case.branches, case.fc)
         return emulator.launches[0].partition("*")[0]
 
     dense = make_case(SMALL)
-    assert kernel(dense, Card()) == "one_pass"
+    assert kernel(dense, DeviceLimits()) == "one_pass"
     assert kernel(dense, AMPERE) == "sum_rows"
-    assert kernel(dense, Card(shared_per_block=1024)) == "sum_rows"
-    assert kernel(dense._replace(branches=BRANCHES["mixed formats"](dense.branches)), Card()) == (
-        "sum_columns"
-    )
-    assert kernel(make_case(Shape(2, 4, 5, 3, 3, 1)), Card()) == "sum_rows"  # odd samples
+    assert kernel(dense, DeviceLimits(shared_per_block=1024)) == "sum_rows"
+    assert kernel(
+        dense._replace(branches=BRANCHES["mixed formats"](dense.branches)), DeviceLimits()
+    ) == ("sum_columns")
+    assert kernel(make_case(Shape(2, 4, 5, 3, 3, 1)), DeviceLimits()) == "sum_rows"  # odd samples
 
 
 @pytest.mark.parametrize("order", harness.ORDERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ["S2", "S4", "5x9", "five branches", "C256"])
 def test_one_pass_by_clusters(emulator: Emulator, shape: str, layout: str, order: str) -> None:
-    """Of any size: they grow as long as processors are idle."""
+    """Clusters of any size are right; they grow as long as multiprocessors are idle."""
     case, oracle, plain = named_case(shape, "fp16", layout)
     B = len(case.branches[0])
     emulator.path, emulator.order = "one_pass", order
     for cluster in (1, 2, 4, 8):
-        emulator.card = Card(90, B * cluster, 2**19, 2**21)
+        emulator.limits = DeviceLimits(90, B * cluster, 2**19, 2**21)
         assert_accurate(evaluate(emulator.psa_tail, *case), oracle, plain)
         suffix = f"*{cluster}" if cluster > 1 else ""
         assert emulator.launches == [f"one_pass{suffix}", "fc_grad"]
@@ -140,19 +140,19 @@ def test_clusters_grow_with_the_sample(
     emulator: Emulator, stage: str, cluster: str, layout: str
 ) -> None:
     case, _, _ = named_case(stage, "fp16", layout)
-    emulator.card = Card(processors=1)
+    emulator.limits = DeviceLimits(multiprocessors=1)
     emulator.forward(case.branches, case.fc)
     assert emulator.launches == [f"one_pass{cluster}"]
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("processors", [1, 16, 1000])
+@pytest.mark.parametrize("multiprocessors", [1, 16, 1000])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_few_and_many_processors(
-    emulator: Emulator, path: str, processors: int, layout: str
+    emulator: Emulator, path: str, multiprocessors: int, layout: str
 ) -> None:
-    """The grids are cut otherwise: more splits, smaller shares, larger clusters."""
-    emulator.path, emulator.card = path, Card(processors=processors)
+    """More multiprocessors: more splits, less work for each block, larger clusters."""
+    emulator.path, emulator.limits = path, DeviceLimits(multiprocessors=multiprocessors)
     case, oracle, plain = named_case("S1", "fp16", layout)
     assert_accurate(evaluate(emulator.psa_tail, *case), oracle, plain)
 
@@ -164,12 +164,15 @@ def test_few_and_many_processors(
 def test_all_traffic_is_wide(
     emulator: Emulator, shape: str, dtype: str, layout: str, path: str
 ) -> None:
-    """16 bytes at a time, also at 49 pixels: 3 N and 4 N by two passes, 2 N and 3 N by one."""
+    """All accesses are 16 bytes wide, even at 49 pixels.
+
+    Two passes move 3 N bytes forward and 4 N backward, one pass 2 N and 3 N.
+    """
     case, _, _ = named_case(shape, dtype, layout)
     emulator.path = path
     out, squeeze, attention = emulator.forward(case.branches, case.fc)
     N = out.nbytes
-    # The first pass reads vectors that two odd rows share for each of them.
+    # The first pass reads a vector that spans two rows once for each of them.
     rows = squeeze.numel() if path == "two_pass" and layout == "nchw" else 0
     least = 3 if path == "two_pass" else 2
     assert least * N <= emulator.wide_bytes <= least * N + 16 * rows
@@ -178,7 +181,7 @@ def test_all_traffic_is_wide(
 
 
 def test_large_batches(emulator: Emulator) -> None:
-    emulator.card = Card(processors=4)
+    emulator.limits = DeviceLimits(multiprocessors=4)
     for emulator.path in ("two_pass", "one_pass"):
         for layout in LAYOUTS.values():
             check(emulator, make_case(Shape(33, 4, 16, 6, 6, 2), torch.bfloat16, layout))
@@ -187,7 +190,7 @@ def test_large_batches(emulator: Emulator) -> None:
 @pytest.mark.parametrize("pixels", [*range(1, 20), 31, 33, 63, 65, 127, 255, 257, 300])
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_all_lengths_of_rows(emulator: Emulator, pixels: int, dtype: str) -> None:
-    """Vectors that span channels, samples that aren't aligned, rows of one and of many windows."""
+    """Vectors that span channels, misaligned samples, rows of one window and of many."""
     emulator.path = "two_pass"
     for C in (1, 3, 8):
         check(emulator, make_case(Shape(2, 3, C, 1, pixels, 2), DTYPES[dtype]))
@@ -210,12 +213,12 @@ def test_many_branches(emulator: Emulator, path: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_gate_too_large_for_shared_memory(emulator: Emulator, layout: str) -> None:
+def test_an_se_module_too_large_for_shared_memory(emulator: Emulator, layout: str) -> None:
     case = make_case(Shape(2, 4, 1800, 3, 2, 5), torch.float32, LAYOUTS[layout])
-    emulator.card = Card(shared_per_block=48 * 1024)
+    emulator.limits = DeviceLimits(shared_per_block=48 * 1024)
     check(emulator, case)
     forward, backward = launches(emulator, case)
-    assert forward[1] == backward[1] == "gate_alone"
+    assert forward[1] == backward[1] == "se_alone"
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
@@ -231,10 +234,10 @@ def test_any_strides_of_branches(
 
 
 def as_pixels(x: Tensor) -> Tensor:
-    """x as (B, C, 1, H * W), which is how the kernels see it."""
+    """Return x as (B, C, 1, H * W), the shape that the kernels take."""
     try:
         return x.view(*x.shape[:2], 1, -1)
-    except RuntimeError:  # rows or columns of a larger image: the operator copies them
+    except RuntimeError:  # a crop of a larger image, which the operator copies
         return x.flatten(2)[:, :, None]
 
 
@@ -252,7 +255,7 @@ def test_any_strides_of_the_gradient(
 
 @pytest.mark.parametrize("skew", [1, 2, 3, 5, 7])
 def test_samples_misaligned_to_each_other(emulator: Emulator, skew: int) -> None:
-    """Branches and the gradient begin at different distances from multiples of 16 bytes."""
+    """Branches and the gradient start at different offsets from multiples of 16 bytes."""
     emulator.path = "two_pass"
     case = make_case(Shape(2, 3, 5, 3, 7, 2), torch.float16)
 
@@ -280,22 +283,22 @@ def test_weights_of_any_dtype_and_strides(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("asked", [[True, False, True, False], [False] * 4, []], ids=str)
+@pytest.mark.parametrize("requested", [[True, False, True, False], [False] * 4, []], ids=str)
 @pytest.mark.parametrize("fc_grads", [True, False], ids=["fc", "no fc"])
-def test_only_the_gradients_asked_for(
-    emulator: Emulator, path: str, layout: str, asked: list[bool], fc_grads: bool
+def test_only_requested_gradients_are_written(
+    emulator: Emulator, path: str, layout: str, requested: list[bool], fc_grads: bool
 ) -> None:
     case = make_case(SMALL, layout=LAYOUTS[layout])
     oracle, plain = expected(case)
     emulator.path = path
     _, squeeze, attention = emulator.forward(case.branches, case.fc)
     saved = (case.grad, case.branches, squeeze, attention, case.fc)
-    if not asked and path == "one_pass":
+    if not requested and path == "one_pass":
         emulator.path = "automatic"
-    grads, fc = emulator.backward(*saved, asked, fc_grads)
-    assert [g is not None for g in grads] == asked
+    grads, fc = emulator.backward(*saved, requested, fc_grads)
+    assert [g is not None for g in grads] == requested
     assert len(fc) == 4 * fc_grads
-    kept = [s for s, a in enumerate(asked) if a]
+    kept = [s for s, a in enumerate(requested) if a]
     results = [*(grads[s] for s in kept), *fc]
     indices = [1 + s for s in kept] + [5, 6, 7, 8] * fc_grads
     assert_accurate(results, [oracle[i] for i in indices], [plain[i] for i in indices])
@@ -319,7 +322,7 @@ def test_nan_and_inf_spread_as_in_the_reference(
 
 
 def test_infinite_neighbours_stay_out_of_a_row(emulator: Emulator) -> None:
-    """Windows of 16 bytes reach into the neighbouring channels of an odd row."""
+    """Windows of 16 bytes include elements of neighbouring channels if rows have odd lengths."""
     emulator.path = "two_pass"
     case = make_case(Shape(2, 4, 8, 7, 7, 2), torch.float16)
     for x in case.branches:
@@ -336,12 +339,12 @@ def test_infinite_neighbours_stay_out_of_a_row(emulator: Emulator) -> None:
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("parts", ["scale", "shift", "relu", "scale shift relu"])
-def test_epilogue(emulator: Emulator, path: str, dtype: str, layout: str, parts: str) -> None:
+@pytest.mark.parametrize("options", ["scale", "shift", "relu", "scale shift relu"])
+def test_epilogue(emulator: Emulator, path: str, dtype: str, layout: str, options: str) -> None:
     case = make_case(SMALL, DTYPES[dtype], LAYOUTS[layout])
     channels = case.grad.shape[1]
     epilogue = {"scale": torch.randn(channels), "shift": torch.randn(channels), "relu": True}
-    epilogue = {k: v for k, v in epilogue.items() if k in parts.split()}
+    epilogue = {k: v for k, v in epilogue.items() if k in options.split()}
     exact = {k: v if v is True else v.double() for k, v in epilogue.items()}
     rounded = {k: v if v is True else v.to(DTYPES[dtype]) for k, v in epilogue.items()}
     branches, fc = case.branches, case.fc
@@ -399,23 +402,25 @@ def test_dead_hidden_units_give_exactly_zero_gradients(emulator: Emulator) -> No
 
 
 @pytest.mark.parametrize(
-    ("case", "card", "message"),
+    ("case", "limits", "message"),
     [
         (make_case(SMALL), AMPERE, "compute capability 9.0"),
-        (make_case(SMALL), Card(shared_per_block=2048), "fits in shared memory"),
-        (make_case(Shape(2, 4, 5, 3, 3, 1)), Card(), "multiples of 16 bytes"),
+        (make_case(SMALL), DeviceLimits(shared_per_block=2048), "fits in shared memory"),
+        (make_case(Shape(2, 4, 5, 3, 3, 1)), DeviceLimits(), "multiples of 16 bytes"),
         (
             make_case(SMALL)._replace(
                 branches=BRANCHES["mixed formats"](make_case(SMALL).branches)
             ),
-            Card(),
+            DeviceLimits(),
             "dense branches in one memory format",
         ),
     ],
     ids=["arch", "too large", "misaligned", "mixed formats"],
 )
-def test_what_one_pass_refuses(emulator: Emulator, case: Case, card: Card, message: str) -> None:
-    emulator.path, emulator.card = "one_pass", card
+def test_what_one_pass_refuses(
+    emulator: Emulator, case: Case, limits: DeviceLimits, message: str
+) -> None:
+    emulator.path, emulator.limits = "one_pass", limits
     with pytest.raises(ValueError, match=message):
         emulator.forward(case.branches, case.fc)
 

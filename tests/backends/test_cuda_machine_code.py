@@ -1,7 +1,6 @@
-"""The built library holds every CUDA kernel for every card we name, and its machine code is what
-we meant.
+"""The library has every CUDA kernel for every architecture, compiled as intended.
 
-Needs no card, but a library that was built where nvcc is.
+The tests inspect the machine code. They need no GPU, but a library that was built with nvcc.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from epsanet_fused.backends.compiled import PATH, library
 
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 CLUSTERS = ["sm_90", "sm_100", "sm_120"]  # architectures that have clusters and bulk copies
-# Kernels, with the number of their template's flags, and the threads of a block.
+# The kernels, with the number of their bool template arguments.
 FLAGS = {
     "sum_rows": 1,
     "sum_columns": 2,
     "recalibrate_runs": 1,
     "recalibrate_columns": 2,
     "one_pass": 2,
-    "gate_alone": 1,
+    "se_alone": 1,
     "fc_grad": 0,
 }
 STREAMING = ["sum_rows", "sum_columns", "recalibrate_runs", "recalibrate_columns", "one_pass"]
-THREADS = defaultdict(lambda: 256, fc_grad=1024)
-IN_FLIGHT = 4  # loads that a thread starts before it needs the first
+THREADS = defaultdict(lambda: 256, fc_grad=1024)  # of a block
+IN_FLIGHT = 4  # loads that a thread issues before it uses the first
 
 
 class Kernel(NamedTuple):
@@ -40,7 +39,7 @@ class Kernel(NamedTuple):
 
     name: str
     arch: str
-    dtype: str  # "Half", "Bfloat", "float", or "" where there is only one
+    dtype: str  # "Half", "Bfloat", "float", or "" if the kernel isn't a template of it
     flags: tuple[bool, ...]
     registers: int
     stack: int  # bytes
@@ -48,14 +47,17 @@ class Kernel(NamedTuple):
     instructions: list[str]  # opcodes in order: "LDG.E.128"
 
     def wide(self, opcode: str) -> list[int]:
-        """Where the 128-bit accesses are."""
+        """Return the positions of the opcode's 128-bit accesses."""
         pattern = re.compile(rf"{opcode}\.E(\.\w+)*\.128\b")
         return [i for i, name in enumerate(self.instructions) if pattern.match(name)]
 
 
-def most_registers(kernel: Kernel) -> int:
-    """So that several blocks fit a processor: four that hold a piece of a sample, three that have
-    four loads in flight, two that have eight."""
+def max_registers(kernel: Kernel) -> int:
+    """Return how many registers a thread may use.
+
+    Several blocks must fit a multiprocessor: four of one_pass, three with four loads in flight, two
+    with eight.
+    """
     if kernel.name == "fc_grad":
         return 64
     if kernel.name.startswith("sum") and kernel.flags[-1]:
@@ -64,7 +66,7 @@ def most_registers(kernel: Kernel) -> int:
 
 
 def cuobjdump() -> str | None:
-    """CUDA's own, or Triton's copy of it."""
+    """Find CUDA's own, or Triton's copy of it."""
     if found := shutil.which("cuobjdump"):
         return found
     try:
@@ -76,7 +78,7 @@ def cuobjdump() -> str | None:
 
 
 def kernels_of(file: Path) -> Iterator[Kernel]:
-    """All kernels in a library, for each architecture that it has machine code for."""
+    """Yield all kernels of a library, for each architecture that it has machine code for."""
     usage, sass = (
         subprocess.run([cuobjdump(), flag, file], capture_output=True, text=True, check=True).stdout
         for flag in ("-res-usage", "-sass")
@@ -99,7 +101,7 @@ def kernels_of(file: Path) -> Iterator[Kernel]:
 
 
 def names_of(mangled: str, arch: str) -> tuple[str, str, str, tuple[bool, ...]]:
-    """sum_rows<Half, true> is ...8sum_rowsINS0_4HalfELb1EEEv...."""
+    """Return (name, arch, dtype, flags): sum_rows<Half, true> is 8sum_rowsINS0_4HalfELb1EEEv."""
     name = next(n for n in FLAGS if f"{len(n)}{n}" in mangled)
     arguments = mangled.rpartition(f"{len(name)}{name}")[2]
     arguments = arguments[: arguments.find("EEv") + 1] if arguments.startswith("I") else ""
@@ -113,15 +115,15 @@ def kernels() -> list[Kernel]:
     found = library()
     assert found.problem is None and found.cpu_capability
     if not found.cuda_archs:
-        pytest.skip(f"only the CPU half is there to be tested: {found.build_note}")
+        pytest.skip(f"the library was built without CUDA: {found.build_note}")
     if cuobjdump() is None:
         pytest.skip("needs cuobjdump: CUDA's own, or Triton's copy of it")
     assert found.cuda_archs.split() == [*ARCHS, "compute_120"]
     return list(kernels_of(PATH))
 
 
-def those(kernels: list[Kernel], *names: str) -> list[Kernel]:
-    """The kernels of these names, without one_pass where it is empty."""
+def select(kernels: list[Kernel], *names: str) -> list[Kernel]:
+    """Return the kernels of these names, without one_pass for architectures without clusters."""
     found = [k for k in kernels if k.name in names and (k.name != "one_pass" or k.arch in CLUSTERS)]
     assert {k.name for k in found} == set(names)
     return found
@@ -131,9 +133,9 @@ def test_all_kernels_are_there(kernels: list[Kernel]) -> None:
     dtypes = {"Half", "Bfloat", "float"}
     for arch in ARCHS:
         for name, flags in FLAGS.items():
-            made = [(k.dtype, k.flags) for k in kernels if (k.arch, k.name) == (arch, name)]
-            assert len(made) == len(set(made)) == (3 if name in STREAMING else 1) * 2**flags
-            assert {d for d, _ in made} == (dtypes if name in STREAMING else {""})
+            found = [(k.dtype, k.flags) for k in kernels if (k.arch, k.name) == (arch, name)]
+            assert len(found) == len(set(found)) == (3 if name in STREAMING else 1) * 2**flags
+            assert {d for d, _ in found} == (dtypes if name in STREAMING else {""})
 
 
 def test_nothing_spills(kernels: list[Kernel]) -> None:
@@ -144,20 +146,22 @@ def test_nothing_spills(kernels: list[Kernel]) -> None:
 
 def test_registers_suffice_for_the_blocks(kernels: list[Kernel]) -> None:
     for k in kernels:
-        assert k.registers <= most_registers(k), k[:5]
+        assert k.registers <= max_registers(k), k[:5]
         assert k.registers * THREADS[k.name] <= 65536, k[:5]
 
 
 def test_no_shared_memory_but_the_dynamic(kernels: list[Kernel]) -> None:
-    """From sm_90 on CUDA itself reserves 1 KB of each block's."""
+    """From sm_90 on, CUDA itself reserves 1 KB of each block's shared memory."""
     for k in kernels:
         assert k.shared <= 1024, k[:4]
 
 
 def test_sums_have_four_wide_loads_in_flight(kernels: list[Kernel]) -> None:
-    """All in a row, before the first shuffle or store: of the branches, with products also of the
-    gradient."""
-    for k in those(kernels, "sum_rows", "sum_columns"):
+    """Each thread issues all loads before the first shuffle or store.
+
+    There are four loads of branches and, with products, four of the gradient.
+    """
+    for k in select(kernels, "sum_rows", "sum_columns"):
         product = k.flags[-1]
         if k.name == "sum_columns" and not k.flags[0]:
             continue  # single elements, of any strides
@@ -168,7 +172,7 @@ def test_sums_have_four_wide_loads_in_flight(kernels: list[Kernel]) -> None:
 
 
 def test_recalibration_is_wide_on_both_sides(kernels: list[Kernel]) -> None:
-    for k in those(kernels, "recalibrate_runs", "recalibrate_columns"):
+    for k in select(kernels, "recalibrate_runs", "recalibrate_columns"):
         if k.name == "recalibrate_columns" and not k.flags[0]:
             continue  # single elements, of any strides
         loads, stores = k.wide("LDG"), k.wide("STG")
@@ -176,10 +180,10 @@ def test_recalibration_is_wide_on_both_sides(kernels: list[Kernel]) -> None:
         assert len([i for i in loads if i < stores[0]]) >= IN_FLIGHT, k[:4]
 
 
-def test_branches_are_read_for_the_last_time_as_such(kernels: list[Kernel]) -> None:
-    """Evict-first, so that they make room in L2 for what is still needed."""
-    last = those(kernels, "recalibrate_runs", "recalibrate_columns")
-    last += [k for k in those(kernels, "sum_rows", "sum_columns") if k.flags[-1]]
+def test_last_reads_of_branches_are_evict_first(kernels: list[Kernel]) -> None:
+    """Then the caches keep data that is still needed."""
+    last = select(kernels, "recalibrate_runs", "recalibrate_columns")
+    last += [k for k in select(kernels, "sum_rows", "sum_columns") if k.flags[-1]]
     for k in last:
         if k.name.endswith("columns") and not k.flags[0]:
             continue  # single elements, of any strides
@@ -187,7 +191,7 @@ def test_branches_are_read_for_the_last_time_as_such(kernels: list[Kernel]) -> N
 
 
 def test_one_pass_copies_in_bulk(kernels: list[Kernel]) -> None:
-    for k in those(kernels, "one_pass"):
+    for k in select(kernels, "one_pass"):
         assert [i for i in k.instructions if i.startswith("UBLKCP")], k[:4]
         assert k.wide("STG"), k[:4]
         assert not k.wide("LDG"), k[:4]

@@ -1,14 +1,15 @@
-"""Build the wheel once; install, import and test it under every torch and Python that there is.
+"""Build the wheel once; install, import and test it with every supported torch and Python.
 
     make test-matrix
 
-One compiled library is to serve them all. Each combination gets a virtual environment of its own,
-which is removed when it has been tried; a torch with CUDA takes minutes and gigabytes.
+One compiled library must work with all of them. Each combination gets a virtual environment of its
+own, which is removed after the test. A torch with CUDA takes minutes and gigabytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TORCHES = ("2.10", "2.11", "2.13", "newest")
-# The operator's accuracy, strides, formats, dtypes and gradients by the compiled CPU kernels.
+# Accuracy, strides, memory formats, dtypes and gradients of psa_tail with the CPU kernels.
 TESTS = ("tests/ops/test_psa_tail.py", "-k", "cpu")
 CHECK = (
     "import torch, epsanet_fused as ef; from epsanet_fused.backends.compiled import library; "
@@ -32,32 +33,36 @@ CHECK = (
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
-    """The command's output; SystemExit with all of it if the command fails."""
+    """Return the command's output. Raise SystemExit with the output if the command fails."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=env, text=True, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [str(c) for c in command],
+        cwd=cwd,
+        env=env,
+        text=True,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}")
     return done.stdout.strip()
 
 
 def pythons() -> list[str]:
-    """The oldest and the newest interpreter that we support and that works here."""
-    installed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = []
-    for version in PYTHONS:
-        candidates = [*map(str, sorted(installed.glob(f"{version}.*/bin/python"))),
-                      f"python{version}"]  # fmt: skip
-        for command in candidates:
-            works = shutil.which(command) and subprocess.run(
-                [command, "-c", "import venv, ensurepip"], capture_output=True, check=False
-            )
-            if works and works.returncode == 0:
-                found.append(command)
-                break
+    """Return the oldest and the newest supported interpreter that works here."""
+    found = [command for version in PYTHONS if (command := find_python(version))]
     return list(dict.fromkeys([found[0], found[-1]]))
+
+
+def find_python(version: str) -> str | None:
+    """Return an interpreter of that version that can make virtual environments."""
+    installed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for command in (*sorted(installed.glob(f"{version}.*/bin/python")), f"python{version}"):
+        test = [command, "-c", "import venv, ensurepip"]
+        if shutil.which(command) and subprocess.run(test, capture_output=True).returncode == 0:
+            return str(command)
+    return None
 
 
 def build_wheel(folder: Path) -> Path:
@@ -69,8 +74,8 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def try_one(wheel: Path, python: str, torch: str, scratch: Path) -> str:
-    """Install the wheel beside that torch, import it elsewhere than in the source, and test it."""
+def test_wheel(wheel: Path, python: str, torch: str, scratch: Path) -> str:
+    """Install the wheel with that torch, import it outside of the source tree, and test it."""
     env = scratch / "env"
     run(python, "-m", "venv", env)
     own = env / "bin/python"
@@ -98,16 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         scratch = Path(folder)
         wheel = build_wheel(scratch)
         print(wheel.name, flush=True)
-        for python in args.python:
-            for torch in args.torch:
-                began = time.monotonic()
-                try:
-                    result = f"ok: {try_one(wheel, python, torch, scratch)}"
-                except SystemExit as error:
-                    failures += 1
-                    result = f"FAILED: {error}"
-                print(f"{python}, torch {torch}, {time.monotonic() - began:.0f} s: {result}")
-                sys.stdout.flush()
+        for python, torch in itertools.product(args.python, args.torch):
+            start = time.monotonic()
+            try:
+                result = f"ok: {test_wheel(wheel, python, torch, scratch)}"
+            except SystemExit as error:
+                failures += 1
+                result = f"FAILED: {error}"
+            seconds = time.monotonic() - start
+            print(f"{python}, torch {torch}, {seconds:.0f} s: {result}", flush=True)
     print(f"{failures} failed")
     return 1 if failures else 0
 

@@ -1,4 +1,4 @@
-"""Build the CPU kernels with AddressSanitizer and UBSan, and run the operator's tests over them.
+"""Build the CPU kernels with AddressSanitizer and UBSan, and run the operators' tests with them.
 
 make test-sanitized
 """
@@ -14,9 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 TESTS = (
-    "test_psa_tail.py", "test_psa_tail_errors.py", "test_psa_tail_properties.py",
+    "test_psa_tail.py",
+    "test_psa_tail_errors.py",
+    "test_psa_tail_properties.py",
     "test_psa_tail_norm.py",
-)  # fmt: skip
+)
 CHECK = """
 import epsanet_fused as ef
 from epsanet_fused.backends.compiled import PATH
@@ -35,29 +37,29 @@ def library(name: str) -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        install = (
-            sys.executable, "-m", "pip", "install", "--quiet", "--no-deps",
-            "--no-build-isolation", "--target", folder, str(ROOT),
-        )  # fmt: skip
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
         build = {"EPSANET_FUSED_BUILD": "cpu", "CFLAGS": FLAGS, "LDFLAGS": FLAGS}
-        subprocess.run(install, env=os.environ | build, check=True)
-        # libstdc++ too, or the sanitizer finds no __cxa_throw to hand exceptions on to.
+        subprocess.run(
+            [*pip, "--no-build-isolation", "--target", folder, str(ROOT)],
+            env=os.environ | build,
+            check=True,
+        )
+        # The sanitizer needs __cxa_throw of libstdc++ to intercept exceptions.
         preload = " ".join(map(library, ("libasan.so", "libstdc++.so")))
         env = os.environ | {
             "PYTHONPATH": folder,
             "LD_PRELOAD": preload,
-            # Python itself leaks by intent; what PyTorch does is not what is tested here.
+            # Python leaks by design, and PyTorch's leaks aren't ours.
             "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        subprocess.run([sys.executable, "-c", CHECK.format(folder=folder)], env=env, check=True,
-                       cwd=folder)  # fmt: skip
-        # Not `python -m pytest`, which would find the package of the source tree first.
-        pytest = (
-            Path(sys.executable).with_name("pytest"), *(ROOT / "tests/ops" / t for t in TESTS),
-            "-k", "cpu", "-n", "2", "--timeout", "600", "-p", "no:cacheprovider",
-        )  # fmt: skip
-        done = subprocess.run([*map(str, pytest)], env=env, cwd=ROOT, check=False)
+        check = CHECK.format(folder=folder)
+        subprocess.run([sys.executable, "-c", check], env=env, check=True, cwd=folder)
+        # `python -m pytest` would import the package from the source tree.
+        pytest = Path(sys.executable).with_name("pytest")
+        tests = [ROOT / "tests/ops" / test for test in TESTS]
+        options = ["-k", "cpu", "-n", "2", "--timeout", "600", "-p", "no:cacheprovider"]
+        done = subprocess.run([pytest, *tests, *options], env=env, cwd=ROOT, check=False)
     sys.exit(done.returncode)
 
 

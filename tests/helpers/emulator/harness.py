@@ -1,7 +1,7 @@
-"""Builds the CUDA kernels' sources for the CPU, and calls them on tensors of the CPU.
+"""Build the CUDA kernels' sources for a CPU and call them with CPU tensors.
 
-Every tensor is handed over between margins of NaN: an element that is read or written outside of it
-shows. See emulator.cpp for what else is made to fail.
+Every tensor lies between margins of NaN, so that a test fails if a kernel reads or writes outside
+of it. emulator.cpp lists the other errors that the emulator reports.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.utils.memory_format import empty_grad, empty_output
 
 REPO = Path(__file__).parents[3]
 SOURCES = [
-    *(
-        f"csrc/cuda/{name}"
-        for name in ("sums.cu", "recalibrate.cu", "one_pass.cu", "fc_grad.cu", "cuda.cpp")
-    ),
+    "csrc/cuda/sums.cu",
+    "csrc/cuda/recalibrate.cu",
+    "csrc/cuda/one_pass.cu",
+    "csrc/cuda/fc_grad.cu",
+    "csrc/cuda/cuda.cpp",
     "tests/helpers/emulator/emulator.cpp",
     "tests/helpers/emulator/operator.cpp",
 ]
@@ -33,13 +35,13 @@ _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64:
 _MARGIN = 64  # elements
 
 
-class Card(NamedTuple):
-    """What the kernels are told of the device that they run on."""
+class DeviceLimits(NamedTuple):
+    """The limits of the emulated device; the default is an H100."""
 
     arch: int = 90
-    processors: int = 132
+    multiprocessors: int = 132
     shared_per_block: int = 227 * 1024
-    shared_per_processor: int = 228 * 1024
+    shared_per_multiprocessor: int = 228 * 1024
 
 
 class Strided(ctypes.Structure):
@@ -57,11 +59,10 @@ class Matrix(ctypes.Structure):
     ]
 
 
-FC = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+class SEMatrices(ctypes.Structure):
+    """SEWeights of psa.h; the other structures have the same names there."""
 
-
-class Excitation(ctypes.Structure):
-    _fields_ = [("R", ctypes.c_int64), *((name, Matrix) for name in FC)]
+    _fields_ = [("R", ctypes.c_int64), *((name, Matrix) for name in SEWeights._fields)]
 
 
 class Tail(ctypes.Structure):
@@ -69,8 +70,8 @@ class Tail(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "S", "C", "HW")),
         ("dtype", ctypes.c_int32),
         ("branches", ctypes.POINTER(Strided)),
-        ("cat", Strided),
-        ("se", Excitation),
+        ("concat", Strided),
+        ("se", SEMatrices),
         ("squeeze", ctypes.c_void_p),
         ("attention", ctypes.c_void_p),
     ]
@@ -84,7 +85,7 @@ class Gradients(ctypes.Structure):
     _fields_ = [
         ("branches", ctypes.POINTER(Strided)),
         ("fc", ctypes.c_bool),
-        *((name, Matrix) for name in FC),
+        *((name, Matrix) for name in SEWeights._fields),
     ]
 
 
@@ -93,11 +94,11 @@ def compiler() -> str | None:
 
 
 def build(folder: Path, root: Path = REPO) -> Path:
-    """Compiles the kernels below ``root`` with the emulator into a library in ``folder``."""
+    """Compile the kernels below ``root`` with the emulator into a library in ``folder``."""
     command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DPSA_EMULATED", "-shared"]
     library = folder / "emulated.so"
-    command += ["-I", str(root / "tests/emulator"), "-x", "c++"]
+    command += ["-I", str(root / "tests/helpers/emulator"), "-x", "c++"]
     command += [str(root / source) for source in SOURCES] + ["-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -105,7 +106,10 @@ def build(folder: Path, root: Path = REPO) -> Path:
 
 
 class Guarded:
-    """A tensor between margins, as misaligned as the one it copies; its memory starts as NaN."""
+    """A tensor between margins of NaN, with the shape, strides and misalignment of ``like``.
+
+    It holds the values of ``like`` if ``values``, else NaN.
+    """
 
     def __init__(self, like: Tensor, values: bool) -> None:
         extent = sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) + 1
@@ -127,8 +131,8 @@ class Guarded:
     def check(self, unchanged: bool) -> None:
         same = self._memory.view(torch.uint8) == self._before.view(torch.uint8)
         same = same.view(-1, self._memory.element_size()).all(1)
-        assert same[: self._begin].all(), "written before the tensor"
-        assert same[self._end :].all(), "written behind the tensor"
+        assert same[: self._begin].all(), "a write before the tensor"
+        assert same[self._end :].all(), "a write after the tensor"
         assert not unchanged or same.all(), "an input was written to"
 
 
@@ -136,7 +140,7 @@ def _strided(t: Tensor | None) -> Strided:
     if t is None:
         return Strided()
     if t.dim() == 4:
-        # H and W must be one run; a stride along a dimension of size one means nothing.
+        # H and W must have one stride; the stride of a dimension of size one is meaningless.
         _, _, H, W = t.shape
         pixel = t.stride(3) if W > 1 else t.stride(2)
         assert H == 1 or W == 1 or t.stride(2) == W * t.stride(3)
@@ -151,16 +155,16 @@ def _matrix(t: Tensor | None) -> Matrix:
 
 
 class Emulator:
-    """psa::cuda::forward and backward, on tensors of the CPU."""
+    """psa::cuda::forward and backward for CPU tensors."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         for name in ("launches", "forward", "forward_workspace", "backward", "backward_workspace"):
             getattr(self._library, f"emulator_{name}").restype = ctypes.c_char_p
         self._library.emulator_wide_accesses.restype = ctypes.c_int64
-        self.path, self.order, self.card = "automatic", "forwards", Card()
-        self.wide_bytes = 0  # of global memory, read or written 16 at a time by the last call
-        self.launches: list[str] = []  # the last call's, "*4" behind it: clusters of 4
+        self.path, self.order, self.limits = "automatic", "forwards", DeviceLimits()
+        self.wide_bytes = 0  # bytes of global memory that 16-byte accesses of the last call moved
+        self.launches: list[str] = []  # kernels of the last call; "one_pass*4": in clusters of 4
 
     def forward(
         self,
@@ -191,12 +195,15 @@ class Emulator:
         branch_grads: Sequence[bool] | None = None,
         fc_grads: bool = True,
     ) -> tuple[list[Tensor | None], list[Tensor]]:
-        """branch_grads: which are asked for; None for all, [] for a call without any."""
-        asked = [True] * len(branches) if branch_grads is None else branch_grads
+        """Return the gradients of the branches and of fc.
+
+        branch_grads: which branches need one; None for all, [] to request none at all.
+        """
+        requested = [True] * len(branches) if branch_grads is None else branch_grads
         inputs = [Guarded(t, True) for t in (*branches, *fc, grad, squeeze, attention)]
         grads = [
             Guarded(empty_grad(x), False) if wanted else None
-            for x, wanted in zip(branches if asked else [], asked, strict=True)
+            for x, wanted in zip(branches if requested else [], requested, strict=True)
         ]
         fc_out = [Guarded(torch.empty(t.shape, dtype=t.dtype), False) for t in fc if fc_grads]
         tail = self._tail(inputs[:-3], *inputs[-3:])
@@ -210,15 +217,16 @@ class Emulator:
         return [t.tensor if t else None for t in grads], [t.tensor for t in fc_out]
 
     def _tail(
-        self, inputs: Sequence[Guarded], cat: Guarded, squeeze: Guarded, attention: Guarded
+        self, inputs: Sequence[Guarded], concat: Guarded, squeeze: Guarded, attention: Guarded
     ) -> Tail:
-        *branches, w1, b1, w2, b2 = (t.tensor for t in inputs)
+        tensors = [t.tensor for t in inputs]
+        branches, fc = tensors[:-4], SEWeights(*tensors[-4:])
         B, C, H, W = branches[0].shape
         return Tail(
             *(B, len(branches), C, H * W, _DTYPES[branches[0].dtype]),
             (Strided * len(branches))(*map(_strided, branches)),
-            _strided(cat.tensor),
-            Excitation(w1.shape[0], *map(_matrix, (w1, b1, w2, b2))),
+            _strided(concat.tensor),
+            SEMatrices(fc.fc1_weight.shape[0], *map(_matrix, fc)),
             squeeze.tensor.data_ptr(),
             attention.tensor.data_ptr(),
         )
@@ -232,12 +240,12 @@ class Emulator:
         outputs: Sequence[Guarded],
     ) -> None:
         self._library.emulator_configure(
-            *self.card[:2], *map(ctypes.c_int64, self.card[2:]), ORDERS[self.order]
+            *self.limits[:2], *map(ctypes.c_int64, self.limits[2:]), ORDERS[self.order]
         )
         size, path = ctypes.c_int64(), PATHS[self.path]
         arguments = [ctypes.byref(tail), ctypes.byref(other), path, ctypes.byref(size)]
         if name == "forward":
-            del arguments[1]  # the epilogue needs no memory
+            del arguments[1]  # forward_workspace doesn't take the epilogue
         self._try(f"{name}_workspace", *arguments)
         workspace = Guarded(torch.empty(size.value // 4), False)
         for t in (*inputs, *outputs, workspace):
@@ -266,7 +274,7 @@ class Emulator:
         shift: Tensor | None = None,
         relu: bool = False,
     ) -> Tensor:
-        """As epsanet_fused.psa_tail, differentiable."""
+        """Compute epsanet_fused.psa_tail, differentiably."""
         return _PsaTail.apply(self, (scale, shift, relu), *branches, *fc)
 
 

@@ -1,5 +1,5 @@
-// csrc/cuda/intrinsics.cuh on a CPU: the kernels' sources compile against this one with
-// PSA_EMULATED defined. See emulator.cpp for how blocks run, and for what makes a test fail.
+// csrc/cuda/intrinsics.cuh for a CPU: with PSA_EMULATED defined, the kernels' sources include this
+// file instead. emulator.cpp lists the errors that the emulator reports.
 #pragma once
 
 #include <algorithm>
@@ -21,14 +21,14 @@ namespace emulator {
 // Ends the launch with a std::runtime_error.
 [[noreturn]] void fail(const std::string& message);
 
-// Where the running thread is.
-struct Place {
+// The coordinates of the running thread.
+struct ThreadCoords {
   int thread, threads;
   int64_t block, blocks;
   int rank, cluster;
   unsigned char* shared;
 };
-extern Place place;
+extern ThreadCoords coords;
 
 void sync_block();
 float shuffle_xor(float value, int mask);
@@ -41,7 +41,7 @@ void barrier_expect(uint64_t* barrier, uint32_t bytes);
 void barrier_wait(uint64_t* barrier);
 void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
 
-// An access of `bytes` must be aligned to 16, and lie in shared memory or in a known tensor.
+// Fail unless an access of `bytes` is aligned to 16 and lies in shared memory or a known tensor.
 void check_shared(const void* p, int64_t bytes);
 void check_global(const void* p, int64_t bytes);
 
@@ -53,19 +53,19 @@ void launch(const char* name, int64_t blocks, int threads, int cluster, int64_t 
 namespace psa::cuda {
 
 inline int thread_index() {
-  return emulator::place.thread;
+  return emulator::coords.thread;
 }
 inline int block_threads() {
-  return emulator::place.threads;
+  return emulator::coords.threads;
 }
 inline int64_t block_index() {
-  return emulator::place.block;
+  return emulator::coords.block;
 }
 inline int64_t block_count() {
-  return emulator::place.blocks;
+  return emulator::coords.blocks;
 }
 inline unsigned char* shared_memory() {
-  return emulator::place.shared;
+  return emulator::coords.shared;
 }
 inline void sync_block() {
   emulator::sync_block();
@@ -92,7 +92,7 @@ inline Vec load_global(const void* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
-inline Vec load_global_last(const void* p) {
+inline Vec load_global_evict_first(const void* p) {
   return load_global(p);
 }
 inline void store_global(void* p, Vec v) {
@@ -122,7 +122,7 @@ inline uint16_t half_of_float(float x) {
   uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return 0x7fff;
-  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and more
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and more: infinity
   if (bits < 0x38800000) {                       // below the smallest normal number
     return sign | uint16_t(std::nearbyint(std::ldexp(std::fabs(x), 24)));
   }
@@ -141,10 +141,10 @@ inline uint32_t bfloats_of_floats(float low, float high) {
 }
 
 inline int cluster_rank() {
-  return emulator::place.rank;
+  return emulator::coords.rank;
 }
 inline int cluster_size() {
-  return emulator::place.cluster;
+  return emulator::coords.cluster;
 }
 inline void cluster_arrive() {
   emulator::cluster_arrive();

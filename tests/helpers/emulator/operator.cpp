@@ -1,10 +1,10 @@
-// The CUDA half's interface as the tests call it, by ctypes. Each function returns an error's
-// message: "" is success.
+// The functions of csrc/cuda/cuda.h, for ctypes. Each returns the message of an exception, or ""
+// for success.
 #include <exception>
 #include <stdexcept>
 #include <string>
 
-#include "../../csrc/cuda/cuda.h"
+#include "../../../csrc/cuda/cuda.h"
 
 namespace {
 
