@@ -10,6 +10,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.fusion.detect import PSALayers
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.memory_format import accumulator_dtype
@@ -67,12 +68,13 @@ class FusedPSAVariant(nn.Module):
         if spec.overwrites_input:
             concat = torch.cat(branches, 1)  # (B, S * C, H', W')
             x.copy_(concat)
-        weights = [self._se_weights(*names) for names in spec.layers.ses]
-        if len(weights) == 1:  # psa_tail puts the last branch first
-            return psa_tail(branches if spec.is_reversed else branches[::-1], *weights[0])
-        attention = _se_attention(branches, weights)[..., None, None]  # (B, S, C, 1, 1)
+        ses = [self._se_weights(*names) for names in spec.layers.ses]
+        if len(ses) == 1:  # psa_tail puts the last branch first
+            return psa_tail(branches if spec.is_reversed else branches[::-1], *ses[0])
+        attention = _se_attention(branches, ses)[..., None, None]  # (B, S, C, 1, 1)
         if concat is not None and not spec.is_reversed:
-            return (concat.unflatten(1, (len(branches), -1)) * attention).flatten(1, 2)
+            separate = concat.unflatten(1, (len(branches), -1))  # type: ignore[no-untyped-call]
+            return (separate * attention).flatten(1, 2)
         scaled = [branch * attention[:, i] for i, branch in enumerate(branches)]
         return torch.cat(scaled[::-1] if spec.is_reversed else scaled, 1)
 
@@ -85,13 +87,13 @@ class FusedPSAVariant(nn.Module):
         branches = [module(share) for module, share in zip(modules, inputs, strict=True)]
         return [F.relu(branch) for branch in branches] if self.spec.relu else branches
 
-    def _se_weights(self, *names: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the SE's weights; the bias of a layer without one is zero."""
+    def _se_weights(self, *names: str) -> SEWeights:
+        """Return the weights of an SE; the bias of a layer without one is zero."""
         layers: list[Any] = [self.get_submodule(name) for name in names]
         biases = [
             fc.weight.new_zeros(fc.weight.shape[0]) if fc.bias is None else fc.bias for fc in layers
         ]
-        return layers[0].weight, biases[0], layers[1].weight, biases[1]
+        return SEWeights(layers[0].weight, biases[0], layers[1].weight, biases[1])
 
     def extra_repr(self) -> str:
         """Return the number of branches, how they are used, and what runs the tail."""
@@ -114,14 +116,12 @@ def replace_class(module: nn.Module, cls: type[Module]) -> Module:
     return made
 
 
-def _se_attention(
-    branches: list[Tensor], weights: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-) -> Tensor:
+def _se_attention(branches: list[Tensor], ses: list[SEWeights]) -> Tensor:
     """Return the attention (B, S, C) of S branches with one SE each, in the branches' dtype."""
     acc = accumulator_dtype(branches[0].dtype)
     gates = []
     with torch.autocast(branches[0].device.type, enabled=False):
-        for x, se in zip(branches, weights, strict=True):
+        for x, se in zip(branches, ses, strict=True):
             fc1, bias1, fc2, bias2 = (w.to(acc) for w in se)
             squeeze = x.mean((2, 3), dtype=acc)  # (B, C)
             hidden = F.relu(F.linear(squeeze, fc1.flatten(1), bias1))  # (B, R)

@@ -81,7 +81,7 @@ class EPSABlock(nn.Module):
     def _psa_norm_relu(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles both sides of "and"
             if self._uses_fused_norm(x):
-                return self.conv2.forward_norm(x, self.bn2)
+                return self.conv2.forward_norm(x, self.bn2)  # type: ignore[operator]
         return self.relu(self.bn2(self.conv2(x)))
 
     def _uses_fused_norm(self, x: Tensor) -> bool:

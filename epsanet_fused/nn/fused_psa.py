@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.fx
 from torch import Tensor, nn
 
+from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.nn.grouped_conv import merged_conv
 from epsanet_fused.nn.psa import PSAModule
 from epsanet_fused.ops.psa_tail import psa_tail
@@ -89,9 +90,9 @@ class FusedPSAModule(PSAModule):
         """
         return psa_tail_norm(self.convolve(x), *self._se_weights(), norm)
 
-    def _se_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _se_weights(self) -> SEWeights:
         fc1, fc2 = self.se.fc1, self.se.fc2
-        return fc1.weight, fc1.bias, fc2.weight, fc2.bias  # type: ignore[return-value]
+        return SEWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """Return the widths, and that ``psa_tail`` runs the tail."""
