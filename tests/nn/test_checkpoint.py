@@ -1,4 +1,4 @@
-"""Checkpoints of the official training script load; what doesn't fit changes nothing."""
+"""Checkpoints of the official script load; one that does not fit changes nothing."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def make_model() -> ef.EPSABlock:
 
 @pytest.fixture
 def state() -> State:
-    """Of a trained model: no value is what a new one begins with."""
+    """State of a trained model: every value differs from a new model's."""
     model = make_model()
-    model(torch.randn(2, 16, 4, 4))  # moves the running statistics
+    model(torch.randn(2, 16, 4, 4))  # updates the running statistics
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
@@ -37,7 +37,7 @@ def prefixed(state: State) -> State:
 
 
 def official(state: State) -> dict[str, Any]:
-    """As the authors' script saves: a DataParallel model, the best accuracy as a tensor, SGD."""
+    """A checkpoint as the official script saves it: DataParallel keys, a tensor, SGD's state."""
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     parameter.sum().backward()
@@ -75,7 +75,7 @@ def test_bare_state_dict(tmp_path: Path, state: State, is_prefixed: bool) -> Non
     assert_holds(model, state)
 
 
-def test_loads_into_plain_and_fused_alike(tmp_path: Path) -> None:
+def test_a_plain_checkpoint_loads_into_a_fused_network(tmp_path: Path) -> None:
     plain, fused = (
         ef.EPSANet(ef.EPSABlock, (1, 1, 1, 1), 5, planes=(64,) * 4, fused=fused).eval()
         for fused in (False, True)
@@ -90,45 +90,45 @@ def without_key(state: State) -> None:
     del state["conv2.conv_2.weight"]
 
 
-def with_more(state: State) -> None:
+def with_extra_key(state: State) -> None:
     state["conv2.conv_5.weight"] = torch.zeros(1)
 
 
-def with_other_shape(state: State) -> None:
+def with_wrong_shape(state: State) -> None:
     state["conv3.weight"] = torch.zeros(256, 32, 1, 1)
 
 
 def with_all_three(state: State) -> None:
     without_key(state)
-    with_more(state)
-    with_other_shape(state)
+    with_extra_key(state)
+    with_wrong_shape(state)
 
 
-def without_any(state: State) -> None:
+def empty(state: State) -> None:
     state.clear()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("damage", "message"),
     [
         (without_key, r"missing conv2\.conv_2\.weight$"),
-        (with_more, r"unexpected conv2\.conv_5\.weight$"),
+        (with_extra_key, r"unexpected conv2\.conv_5\.weight$"),
         (
-            with_other_shape,
+            with_wrong_shape,
             r"conv3\.weight is \(256, 32, 1, 1\), the model's \(256, 64, 1, 1\)$",
         ),
         (with_all_three, r"missing conv2\S+; unexpected conv2\S+; conv3\.weight is"),
-        (without_any, "must hold a state_dict"),
+        (empty, "must hold a state_dict"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(
-    tmp_path: Path, state: State, spoil: Callable[[State], None], says: str
+def test_a_wrong_state_dict_changes_nothing(
+    tmp_path: Path, state: State, damage: Callable[[State], None], message: str
 ) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    spoil(state)
+    damage(state)
     torch.save(official(state), tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         ef.load_checkpoint(model, tmp_path / "checkpoint.pt")
     assert_holds(model, before)
 
@@ -141,7 +141,7 @@ def test_error_names_the_file_and_stays_short(tmp_path: Path, state: State) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ([1, 2], "must hold a dict, got list"),
         (torch.zeros(2), "must hold a dict, got Tensor"),
@@ -153,14 +153,14 @@ def test_error_names_the_file_and_stays_short(tmp_path: Path, state: State) -> N
     ],
     ids=str,
 )
-def test_refuses_what_holds_no_state_dict(tmp_path: Path, content: Any, says: str) -> None:
+def test_refuses_a_file_without_a_state_dict(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         ef.load_checkpoint(make_model(), tmp_path / "file.pt")
 
 
 class Attack:
-    """Unpickled, it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

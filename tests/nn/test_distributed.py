@@ -1,4 +1,4 @@
-"""Under DistributedDataParallel two processes get the gradients of the whole batch."""
+"""With DistributedDataParallel, two processes compute the gradients of the whole batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROCESSES = 2
 
 
 def make_model() -> ef.EPSANet:
-    """With norms in eval mode, so that a sample doesn't see which others are in its batch."""
+    """Norms are in eval mode, so that samples do not depend on the rest of their batch."""
     torch.manual_seed(0)
     return ef.EPSANet(ef.EPSABlock, (1, 1, 1, 1), 5, planes=(64,) * 4).double().eval()
 
@@ -31,10 +31,10 @@ def gradients(model: torch.nn.Module, batch: Tensor) -> list[Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def one_process(rank: int, folder: str) -> None:
+def train_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
     )
     try:
         model = DistributedDataParallel(make_model())
@@ -44,7 +44,7 @@ def one_process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_get_the_gradients_of_one(tmp_path: Path) -> None:
-    mp.spawn(one_process, args=(str(tmp_path),), nprocs=PROCESSES)
+    mp.spawn(train_process, args=(str(tmp_path),), nprocs=PROCESSES)
     expected = gradients(make_model(), images())
     for rank in range(PROCESSES):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""EPSANet as a whole is built as published: sizes, keys, arguments."""
+"""The networks have the published sizes, keys and arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def on_meta(build: Callable[..., ef.EPSANet], *args: Any, **options: Any) -> ef.EPSANet:
-    with torch.device("meta"):  # structure without memory
+    with torch.device("meta"):  # no memory is allocated
         return build(*args, **options)
 
 
@@ -61,19 +61,19 @@ def test_keys_are_the_official_ones(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-def test_fused_chooses_the_module(fused: bool) -> None:
+def test_fused_selects_the_class(fused: bool) -> None:
     found = [m for m in on_meta(ef.epsanet50, fused=fused).modules() if isinstance(m, ef.PSAModule)]
     assert len(found) == 16
     assert {type(m) for m in found} == {ef.FusedPSAModule if fused else ef.PSAModule}
 
 
-def test_images_may_have_any_channels() -> None:
+def test_images_may_have_any_number_of_channels() -> None:
     assert small(in_chans=1)(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     with pytest.raises(ValueError, match="in_chans must be at least 1, got 0"):
         small(in_chans=0)
 
 
-def test_one_seed_gives_plain_and_fused_the_same_weights() -> None:
+def test_one_seed_gives_plain_and_fused_networks_the_same_weights() -> None:
     states = []
     for fused in (True, False):
         torch.manual_seed(3)
@@ -81,7 +81,7 @@ def test_one_seed_gives_plain_and_fused_the_same_weights() -> None:
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def test_initial_weights_are_the_recipes() -> None:
+def test_initial_weights_have_the_official_variance() -> None:
     model = ef.epsanet50(num_classes=2)
     for name in ("conv1", "layer2.1.conv3", "layer3.0.conv2.conv_4", "layer4.0.downsample.0"):
         conv = model.get_submodule(name)
@@ -105,7 +105,7 @@ def test_stages_halve_the_image() -> None:
 
 
 class FrozenNorm(nn.Module):
-    """A scale and a shift that aren't trained, as detectors use: no parameters, no mode."""
+    """A fixed scale and shift, as in detectors: no parameters and no training mode."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_norm_layer_is_used_everywhere(norm_layer: Callable[[int], nn.Module]) -
     kind = type(norm_layer(16))
     for model in models:
         norms = [m for m in model.modules() if isinstance(m, kind)]
-        assert len(norms) == 1 + 5 * 3 + 4  # the stem, three a block, a downsample a stage
+        assert len(norms) == 1 + 5 * 3 + 4  # stem, three per block, one downsample per stage
         assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     models[1].load_state_dict(models[0].state_dict())
     images = torch.randn(2, 3, 32, 32)
@@ -144,13 +144,13 @@ def test_module_options_reach_every_psa_module() -> None:
         assert module.se.fc1.out_channels == convs[0].out_channels // 4
 
 
-def test_large_takes_other_kernels_and_groups() -> None:
+def test_large_accepts_other_kernels() -> None:
     model = on_meta(ef.epsanet50_large, conv_kernels=(3, 5, 7, 9))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(30.10e6, abs=5e3)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"layers": (1, 1, 1)}, r"layers .* four .* got \(1, 1, 1\)"),
         ({"layers": (1, 1, 0, 1)}, r"layers .* at least 1.* got \(1, 1, 0, 1\)"),
@@ -160,7 +160,7 @@ def test_large_takes_other_kernels_and_groups() -> None:
     ],
     ids=["three stages", "empty stage", "two widths", "width", "reduction"],
 )
-def test_refuses_what_cannot_be_built(options: dict[str, Any], says: str) -> None:
+def test_refuses_invalid_arguments(options: dict[str, Any], message: str) -> None:
     arguments = {"layers": (1, 1, 1, 1)} | options
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         ef.EPSANet(ef.EPSABlock, **arguments)

@@ -1,4 +1,4 @@
-"""A model leaves Python by torch.export and TorchScript, with its numbers."""
+"""Models exported by torch.export and TorchScript give the same numbers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def operators(program: torch.export.ExportedProgram) -> list[object]:
     return [node.target for node in program.graph.nodes if node.op == "call_function"]
 
 
-# torch's own: in saving a parameter in channels_last, and, in 2.11, in loading.
+# torch warns when it saves a channels_last parameter and, in 2.11, when it loads one.
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @each_case
-def test_an_exported_program_holds_the_operator(case: str, tmp_path: Path) -> None:
+def test_export_contains_the_operator(case: str, tmp_path: Path) -> None:
     model, x = CASES[case]()
     program = exported(model, x)
     modules = sum(isinstance(m, ef.FusedPSAModule) for m in model.modules())
@@ -36,7 +36,7 @@ def test_an_exported_program_holds_the_operator(case: str, tmp_path: Path) -> No
 
 
 @each_case
-def test_without_the_operator_by_the_reference_backend(case: str) -> None:
+def test_export_by_the_reference_backend_contains_no_operator(case: str) -> None:
     model, x = CASES[case]()
     with ef.use_backend("reference"):
         program = exported(model, x)
@@ -48,11 +48,11 @@ def test_without_the_operator_by_the_reference_backend(case: str) -> None:
 
 @each_case
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_a_trace_holds_plain_operators(case: str, grad: bool, tmp_path: Path) -> None:
+def test_a_trace_contains_pytorch_operators_only(case: str, grad: bool, tmp_path: Path) -> None:
     model, x = CASES[case]()
     with warnings.catch_warnings(), torch.set_grad_enabled(grad):
         warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        if case == "channels_last":  # which format comes out is fixed by the example
+        if case == "channels_last":  # the example fixes the output's format
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         traced = torch.jit.trace(model, x)
         traced.save(tmp_path / "model.pt")

@@ -1,4 +1,4 @@
-"""FusedPSAModule is a drop-in for PSAModule, and both refuse what can't be built."""
+"""FusedPSAModule is a drop-in for PSAModule; both refuse invalid arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import epsanet_fused as ef
 from epsanet_fused.nn.psa import recalibrate_and_concat
 
-BOTH = pytest.mark.parametrize("psa", [ef.PSAModule, ef.FusedPSAModule])
+each_class = pytest.mark.parametrize("psa", [ef.PSAModule, ef.FusedPSAModule])
 
 
 def small(psa: type[ef.PSAModule], **options: Any) -> ef.PSAModule:
@@ -32,7 +32,7 @@ def pair(**options: Any) -> tuple[ef.PSAModule, ef.FusedPSAModule]:
 
 
 def results(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output, and the gradients of a weighted sum of it: the input's and all parameters'."""
+    """Return the output and the gradients of input and parameters."""
     x = x.detach().requires_grad_()
     out = module(x)
     ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
@@ -51,11 +51,10 @@ def test_fused_gives_the_plain_numbers(stride: int, training: bool) -> None:
     assert_same_numbers(fused.double().train(training), plain.double().train(training), x)
 
 
-def test_signature_is_the_plain_modules() -> None:
+def test_signatures_are_equal() -> None:
     assert inspect.signature(ef.FusedPSAModule) == inspect.signature(ef.PSAModule)
-    assert list(inspect.signature(ef.PSAModule).parameters) == [
-        "inplans", "planes", "conv_kernels", "stride", "conv_groups", "reduction",
-    ]  # fmt: skip
+    names = ["inplans", "planes", "conv_kernels", "stride", "conv_groups", "reduction"]
+    assert list(inspect.signature(ef.PSAModule).parameters) == names
 
 
 def test_state_dict_goes_both_ways() -> None:
@@ -83,13 +82,13 @@ def test_training_from_reference_trains_the_plain_module() -> None:
     fused(x).square().sum().backward()
     optimizer.step()
     for name, value in plain.state_dict().items():
-        if "se.fc1" not in name:  # its gradient may be 0: a dead ReLU
+        if "se.fc1" not in name:  # its gradient is 0 if the ReLU is dead
             assert not torch.equal(value, before[name]), name
     torch.testing.assert_close(plain(x), fused(x))
 
 
-def test_from_reference_takes_modules_of_the_same_build() -> None:
-    """Structure counts, not the class; also biases, kernels and groups of their own."""
+def test_from_reference_accepts_modules_with_the_same_layers() -> None:
+    """The class does not matter; biases, kernels and groups may differ."""
     theirs = nn.Module()
     for k in (1, 2, 3, 4):
         theirs.add_module(f"conv_{k}", nn.Conv2d(8, 4, 2 * k - 1, padding=k - 1, groups=2))
@@ -100,7 +99,7 @@ def test_from_reference_takes_modules_of_the_same_build() -> None:
     torch.testing.assert_close(fused(x), recalibrate_and_concat(branches, weights))
 
 
-def _without(name: str) -> nn.Module:
+def without(name: str) -> nn.Module:
     module = small(ef.PSAModule)
     parent, _, child = name.rpartition(".")
     delattr(module.get_submodule(parent), child)
@@ -108,9 +107,9 @@ def _without(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["conv_1", "conv_4", "se.fc1", "se.fc2"])
-def test_from_reference_names_what_is_missing(name: str) -> None:
+def test_from_reference_names_the_missing_layer(name: str) -> None:
     with pytest.raises(TypeError, match=rf"PSAModule has no\w* at {name}$"):
-        ef.FusedPSAModule.from_reference(_without(name))
+        ef.FusedPSAModule.from_reference(without(name))
 
 
 def test_from_reference_refuses_other_modules() -> None:
@@ -124,7 +123,7 @@ def test_from_reference_refuses_other_modules() -> None:
     ids=["deepcopy", "pickle"],
 )
 @pytest.mark.parametrize("shared", [False, True], ids=["built", "from_reference"])
-def test_clones_are_whole_and_independent(
+def test_clones_are_complete_and_independent(
     clone: Callable[[nn.Module], nn.Module], shared: bool
 ) -> None:
     plain = small(ef.PSAModule)
@@ -136,7 +135,7 @@ def test_clones_are_whole_and_independent(
     torch.testing.assert_close(copied(x), before)
 
 
-def test_whole_module_survives_torch_save(tmp_path: Path) -> None:
+def test_a_module_survives_torch_save(tmp_path: Path) -> None:
     fused, x = small(ef.FusedPSAModule), torch.randn(2, 16, 6, 6)
     torch.save(fused, tmp_path / "module.pt")
     assert_same_numbers(torch.load(tmp_path / "module.pt", weights_only=False), fused, x)
@@ -159,7 +158,7 @@ def test_channels_last_stays_channels_last() -> None:
     torch.testing.assert_close(out, plain(x), check_stride=False)
 
 
-def test_repr_says_what_is_fused() -> None:
+def test_repr_names_the_fused_tail() -> None:
     text = repr(small(ef.FusedPSAModule))
     assert "branches=4, channels_per_branch=8, hidden=4, tail=psa_tail" in text
 
@@ -178,12 +177,12 @@ REFUSED = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize(("arguments", "says"), REFUSED.values(), ids=REFUSED)
-def test_refuses_what_cannot_be_built(
-    psa: type[ef.PSAModule], arguments: dict[str, Any], says: str
+@each_class
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses_invalid_arguments(
+    psa: type[ef.PSAModule], arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         psa(**{"inplans": 64, "planes": 64} | arguments)
 
 
@@ -193,7 +192,7 @@ def test_se_refuses_a_hidden_width_of_zero(channels: int, reduction: int) -> Non
         ef.SEWeightModule(channels, reduction)
 
 
-def test_symbolic_tracing_takes_the_operator_as_a_whole() -> None:
+def test_symbolic_tracing_records_one_call_of_the_operator() -> None:
     fused = ef.FusedPSAModule(64, 64)
     traced = torch.fx.symbolic_trace(fused)
     assert "psa_tail" in {node.name for node in traced.graph.nodes}

@@ -1,4 +1,4 @@
-"""The ground truth does what the paper says, checked against loops in NumPy that share no code."""
+"""PSAModule computes what the paper says, compared with independent loops in NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INPLANS, PLANES, GROUPS, KERNELS = 8, 32, (1, 2, 4, 8), (3, 5, 7, 9)
 
 
 def make_module(stride: int = 1) -> ef.PSAModule:
-    """Small, in float64, with weights large enough for the attention to differ by branch."""
+    """A small float64 module; its weights are so large that the attention differs by branch."""
     module = ef.PSAModule(INPLANS, PLANES, KERNELS, stride, GROUPS, reduction=2).double()
     with torch.no_grad():
         for p in module.parameters():
@@ -28,13 +28,13 @@ def weights(module: torch.nn.Module) -> dict[str, Array]:
 
 
 def convolve(x: Array, weight: Array, stride: int, groups: int) -> Array:
-    """(B, C, H, W) with (N, C / groups, k, k), padded by k // 2: one output channel at a time."""
+    """Convolve (B, C, H, W) with (K, C / groups, k, k), padded by k // 2, per output channel."""
     B, _, H, W = x.shape
-    made, per_group, k, _ = weight.shape
+    K, per_group, k, _ = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), (k // 2, k // 2), (k // 2, k // 2)))
-    out = np.zeros((B, made, -(-H // stride), -(-W // stride)))
-    for o in range(made):
-        first = o // (made // groups) * per_group
+    out = np.zeros((B, K, -(-H // stride), -(-W // stride)))
+    for o in range(K):
+        first = o // (K // groups) * per_group
         for i in range(out.shape[2]):
             for j in range(out.shape[3]):
                 rows, columns = slice(i * stride, i * stride + k), slice(j * stride, j * stride + k)
@@ -65,14 +65,14 @@ def psa(x: Array, w: dict[str, Array], stride: int) -> Array:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (5, 8), (1, 1)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_psa_module_is_the_papers(size: tuple[int, int], stride: int) -> None:
+def test_psa_module_computes_the_papers_formula(size: tuple[int, int], stride: int) -> None:
     module, x = make_module(stride), torch.randn(2, INPLANS, *size, dtype=torch.float64)
     expected = psa(x.numpy(), weights(module), stride)
     assert expected.shape == (2, PLANES, -(-size[0] // stride), -(-size[1] // stride))
     np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_se_is_squeeze_then_excite() -> None:
+def test_se_squeezes_then_excites() -> None:
     se = ef.SEWeightModule(12, reduction=3).double()
     x = torch.randn(3, 12, 5, 4, dtype=torch.float64)
     out = se(x)
@@ -82,7 +82,7 @@ def test_se_is_squeeze_then_excite() -> None:
 
 
 def test_last_branch_comes_first() -> None:
-    """With the SE switched off each branch weighs a quarter, and only the order is left."""
+    """With fc2 at zero, the attention of each branch is 1 / 4, and only the order is left."""
     module, x = make_module(), torch.randn(1, INPLANS, 4, 4, dtype=torch.float64)
     torch.nn.init.zeros_(module.se.fc2.weight)
     expected = torch.cat([conv(x) / 4 for conv in reversed(list(module.children())[:4])], 1)
@@ -90,7 +90,7 @@ def test_last_branch_comes_first() -> None:
 
 
 def test_state_dict_has_the_official_keys() -> None:
-    """One SE for all branches, convolutions without bias."""
+    """All branches share one SE, and convolutions have no bias."""
     assert list(ef.PSAModule(64, 64).state_dict()) == [
         *(f"conv_{k}.weight" for k in (1, 2, 3, 4)),
         *(f"se.{fc}.{part}" for fc in ("fc1", "fc2") for part in ("weight", "bias")),

@@ -1,4 +1,4 @@
-"""EPSANet-50 as a whole gives the reference's numbers: logits, gradients, running statistics."""
+"""A fused EPSANet-50 gives the plain one's logits, gradients and running statistics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from epsanet_fused.testing.accuracy import max_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 10
-MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def networks() -> tuple[ef.EPSANet, ef.EPSANet]:
-    """Plain and fused with the same weights, and statistics that one batch has left."""
+    """Plain and fused networks with the same weights and the statistics of one batch."""
     plain = ef.epsanet50(num_classes=CLASSES, fused=False)
     with torch.no_grad():
         plain(images())
@@ -32,7 +32,7 @@ def images() -> Tensor:
 
 
 def run(model: nn.Module, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
-    """Logits, every parameter's gradient and the norms' statistics, of a copy of the model."""
+    """Return logits, gradients and the norms' statistics of a copy of the model."""
     model = copy.deepcopy(model).to(dtype).train(training)
     logits = model(images().to(dtype))
     ramp = torch.linspace(-1, 1, logits.numel(), dtype=dtype).view(logits.shape)
@@ -44,9 +44,9 @@ def run(model: nn.Module, dtype: torch.dtype, training: bool) -> dict[str, Tenso
     }
 
 
-@MODES
+@each_mode
 def test_every_tensor_in_float64(training: bool) -> None:
-    """Rounding is too small here for anything to hide in it: any wrong formula shows."""
+    """In float64 rounding is so small that any wrong formula shows."""
     plain, fused = networks()
     oracle, results = (run(model, torch.float64, training) for model in (plain, fused))
     assert results.keys() == oracle.keys()
@@ -55,10 +55,10 @@ def test_every_tensor_in_float64(training: bool) -> None:
 
 
 def away_from_kinks(model: ef.EPSANet) -> None:
-    """Shift all norms so that each ReLU between the modules sees positive numbers only.
+    """Shift all norms so that the inputs of each ReLU outside the SEs are positive.
 
-    Where one is within a rounding of 0, the rounding decides whether a gradient passes or not: that
-    jump would drown the errors that are to be compared. The SEs' own ReLUs stay as they are.
+    The gradient of a ReLU jumps at 0. If an input is as close to 0 as a rounding error, rounding
+    decides about the gradient, and that difference is larger than the errors to compare.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -74,7 +74,7 @@ def kind_of(name: str) -> str:
 
 
 def relative_errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, float]:
-    """For all tensors of a kind together: the norm of the error over the norm."""
+    """Return |error| / |exact| per kind of tensor, with the norm over all tensors of that kind."""
     squares: dict[str, Tensor] = {}
     for name, exact in oracle.items():
         kind = name if name == "logits" else kind_of(name)
@@ -83,9 +83,12 @@ def relative_errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> di
     return {kind: (error / size).sqrt().item() for kind, (error, size) in squares.items()}
 
 
-@MODES
+@each_mode
 def test_float32_is_as_accurate_as_plain_pytorch(training: bool) -> None:
-    """At most twice plain PyTorch's error, the norm's: the worst of 22 million is luck."""
+    """The norm of the error is at most twice plain PyTorch's.
+
+    The largest of 22 million errors would depend on chance.
+    """
     plain, fused = networks()
     away_from_kinks(plain)
     with torch.no_grad():
@@ -102,7 +105,7 @@ def test_float32_is_as_accurate_as_plain_pytorch(training: bool) -> None:
 
 
 def test_bf16_autocast() -> None:
-    """On a CPU: close to float32, no further off than the plain network, gradients in float32."""
+    """On a CPU, errors are no larger than the plain network's, and gradients are float32."""
     plain, fused = networks()
     exact = plain.eval()(images())
     with torch.autocast("cpu", torch.bfloat16):
@@ -115,7 +118,7 @@ def test_bf16_autocast() -> None:
 
 
 class Checkpointed(nn.Module):
-    """A block whose activations are computed again in the backward pass."""
+    """A block that recomputes its activations in the backward pass."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

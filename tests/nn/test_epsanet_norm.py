@@ -1,4 +1,4 @@
-"""A block in training takes psa_tail_norm where that is the same, and gives the same network."""
+"""A block in training uses psa_tail_norm where it computes the same, and trains the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from epsanet_fused.testing.accuracy import max_error
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The norms with which psa_tail_norm has been called."""
+    """The norms that psa_tail_norm is called with."""
     found: list[nn.Module] = []
     run = fused_psa.psa_tail_norm
 
@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 @pytest.fixture(params=FAST_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with run_by(request.param):
-        if request.param == "fallback":  # as if it had been measured to win
+        if request.param == "fallback":  # not fused by default
             monkeypatch.setattr(defaults, "NORM_TABLE", {"cpu": "reference"})
         yield request.param
 
@@ -58,7 +58,7 @@ def images(size: int = 32, channels: int = 3) -> Tensor:
 
 
 def sgd(model: nn.Module, x: Tensor, steps: int) -> dict[str, Tensor]:
-    """The state after some steps, and the last output."""
+    """Return the state after some steps, and the last output."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     for _ in range(steps):
         out = model(x)
@@ -70,14 +70,14 @@ def sgd(model: nn.Module, x: Tensor, steps: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("build", [block, network])
 @pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
 )
-def test_ten_steps_are_those_of_the_plain_network(
-    backend: str, calls: list, build: Callable[..., nn.Module], layout: torch.memory_format
+def test_ten_steps_equal_those_of_the_plain_network(
+    backend: str, calls: list, build: Callable[..., nn.Module], memory_format: torch.memory_format
 ) -> None:
     x = images(8, 64) if build is block else images()
-    x = x.double().contiguous(memory_format=layout)
-    fused, plain = (build(fused=f).double().to(memory_format=layout) for f in (True, False))
+    x = x.double().contiguous(memory_format=memory_format)
+    fused, plain = (build(fused=f).double().to(memory_format=memory_format) for f in (True, False))
     assert list(fused.state_dict()) == list(plain.state_dict())
     expected = sgd(plain, x, 10)
     assert not calls
@@ -168,7 +168,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("change", PLAIN.values(), ids=PLAIN)
-def test_anything_else_takes_the_plain_path(
+def test_other_modules_take_the_plain_path(
     calls: list, change: Callable[[ef.EPSABlock], None]
 ) -> None:
     model = block()
@@ -199,11 +199,11 @@ def test_a_backend_without_it_takes_the_plain_path(
     assert not calls
 
 
-def test_a_block_takes_the_kernels_that_it_was_asked_for(calls: list) -> None:
-    """Those of a card, which "auto" doesn't take, are what use_backend gives a block."""
-    layout = torch.channels_last
-    x = images(8, 64).double().contiguous(memory_format=layout)
-    fused, plain = (block(fused=f).double().to(memory_format=layout) for f in (True, False))
+def test_use_backend_selects_the_kernels(calls: list) -> None:
+    """Triton's, which "auto" does not select."""
+    memory_format = torch.channels_last
+    x = images(8, 64).double().contiguous(memory_format=memory_format)
+    fused, plain = (block(fused=f).double().to(memory_format=memory_format) for f in (True, False))
     with ef.use_backend("triton"):
         results = sgd(fused, x, 2)
     assert calls == 2 * [fused.bn2]
@@ -218,8 +218,7 @@ def test_tracing_takes_the_plain_path(calls: list) -> None:
     assert len(calls) == 1
 
 
-def test_only_what_was_measured_is_the_default(calls: list) -> None:
-    """The compiled kernels on a CPU; not plain PyTorch in their place, and no card yet."""
+def test_only_the_compiled_cpu_kernels_are_the_default(calls: list) -> None:
     assert defaults.NORM_TABLE == {"cpu": "cpu"}
     assert not fuses_norm_by_default("cuda")
     with run_by("fallback"):
