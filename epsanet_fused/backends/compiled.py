@@ -135,7 +135,7 @@ class CompiledBackend:
     def inference(
         self,
         branches: Sequence[Tensor],
-        fc: SEWeights,
+        fc: tuple[Tensor, Tensor, Tensor, Tensor],
         scale: Tensor | None,
         shift: Tensor | None,
         relu: bool,

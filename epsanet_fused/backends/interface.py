@@ -17,11 +17,7 @@ from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, emp
 
 
 class SEWeights(NamedTuple):
-    """The weights of the squeeze-and-excitation MLP: C channels, R hidden units.
-
-    A backend gets the two matrices without the 1 x 1 of a convolution; only ``inference`` of
-    ``InferenceBackend`` gets them as the user passed them.
-    """
+    """The weights of the squeeze-and-excitation MLP, for C channels and R hidden units."""
 
     fc1_weight: Tensor  # (R, C)
     fc1_bias: Tensor  # (R,)
@@ -95,15 +91,15 @@ class InferenceBackend(Backend, Protocol):
     def inference(
         self,
         branches: Sequence[Tensor],
-        fc: SEWeights,
+        fc: tuple[Tensor, Tensor, Tensor, Tensor],
         scale: Tensor | None,
         shift: Tensor | None,
         relu: bool,
     ) -> Tensor:
         """Return the output of ``forward``, or raise an error.
 
-        The arguments come from the user unchecked: the backend must refuse every tensor that
-        ops/checks.py refuses. Its message doesn't matter.
+        The tensors come from the user unchecked: the backend must refuse all that ops/checks.py
+        refuses, and its message doesn't matter. The fc weights may have the 1 x 1 of a convolution.
         """
 
 

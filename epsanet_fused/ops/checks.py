@@ -22,7 +22,7 @@ def check_psa_tail(
 ) -> None:
     """Raise TypeError or ValueError unless psa_tail accepts these arguments."""
     _check_branches(branches)
-    _check_fc(fc, branches[0])
+    _check_fc(fc, branches[0].shape[1], branches[0].device)
     _check_vectors(branches, scale=scale, shift=shift)
     if not isinstance(relu, bool):
         raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
@@ -30,11 +30,10 @@ def check_psa_tail(
         _refuse_gradients([*branches, *fc, scale, shift])
 
 
-def _check_fc(fc: SEWeights, like: Tensor) -> None:
+def _check_fc(fc: SEWeights, C: int, device: torch.device) -> None:
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = fc
-    C = like.shape[1]
     # fc1_weight decides the number of hidden units R; the other three must agree with it.
-    _check_tensor("fc1_weight", fc1_weight, like)
+    _check_tensor("fc1_weight", fc1_weight, device)
     if fc1_weight.dim() not in (2, 4) or fc1_weight.shape[0] < 1:
         raise ValueError(
             f"psa_tail: fc1_weight must be (R, C, 1, 1) or (R, C) with R >= 1 and C = {C}, "
@@ -47,7 +46,7 @@ def _check_fc(fc: SEWeights, like: Tensor) -> None:
         ("fc2_weight", fc2_weight, [(C, R, 1, 1), (C, R)]),
         ("fc2_bias", fc2_bias, [(C,)]),
     ):
-        _check_tensor(name, tensor, like)
+        _check_tensor(name, tensor, device)
         _check_shape(name, tensor, *shapes)
 
 
@@ -55,7 +54,7 @@ def _check_vectors(branches: Sequence[Tensor], **vectors: Tensor | None) -> None
     """Check that each vector has a number for each of the output's channels."""
     for name, vector in vectors.items():
         if vector is not None:
-            _check_tensor(name, vector, branches[0])
+            _check_tensor(name, vector, branches[0].device)
             _check_shape(name, vector, (len(branches) * branches[0].shape[1],))
 
 
@@ -81,7 +80,7 @@ def check_psa_tail_norm(branches: Sequence[Tensor], fc: SEWeights, norm: nn.Batc
         )
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (tensor := getattr(norm, name)) is not None:
-            _check_tensor(f"norm.{name}", tensor, first)
+            _check_tensor(f"norm.{name}", tensor, first.device)
     if B * H * W == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, "
@@ -96,40 +95,42 @@ def _check_branches(branches: Sequence[Tensor]) -> None:
         )
     if len(branches) < 2:
         raise ValueError(f"psa_tail: branches must hold at least two tensors, got {len(branches)}")
+    device = getattr(branches[0], "device", None)
     for i, x in enumerate(branches):
-        _check_tensor(f"branches[{i}]", x, branches[0])
+        _check_tensor(f"branches[{i}]", x, device)
+    shape, dtype = branches[0].shape, branches[0].dtype
+    for i, x in enumerate(branches):
         if x.dim() != 4:
             raise ValueError(
                 f"psa_tail: branches[{i}] must be (B, C, H, W), got {x.dim()} dimensions: "
                 f"{tuple(x.shape)}"
             )
-        if x.shape != branches[0].shape:
+        if x.shape != shape:
             raise ValueError(
                 f"psa_tail: branches must have one shape, but branches[0] is "
-                f"{tuple(branches[0].shape)} and branches[{i}] is {tuple(x.shape)}"
+                f"{tuple(shape)} and branches[{i}] is {tuple(x.shape)}"
             )
-        if x.dtype != branches[0].dtype:
+        if x.dtype != dtype:
             raise TypeError(
-                f"psa_tail: branches must have one dtype, but branches[0] is {branches[0].dtype} "
+                f"psa_tail: branches must have one dtype, but branches[0] is {dtype} "
                 f"and branches[{i}] is {x.dtype}"
             )
-    if min(branches[0].shape[1:]) < 1:
+    if min(shape[1:]) < 1:
         raise ValueError(
-            f"psa_tail: branches must be (B, C, H, W) with C, H, W >= 1, "
-            f"got {tuple(branches[0].shape)}"
+            f"psa_tail: branches must be (B, C, H, W) with C, H, W >= 1, got {tuple(shape)}"
         )
 
 
-def _check_tensor(name: str, value: Tensor, like: Tensor) -> None:
+def _check_tensor(name: str, value: Tensor, device: torch.device | None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"psa_tail: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"psa_tail: {name} must be {_DTYPE_NAMES}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"psa_tail: {name} must be a dense tensor, got layout {value.layout}")
-    if value.device != like.device:
+    if value.device != device:
         raise ValueError(
-            f"psa_tail: all tensors must be on one device, but branches[0] is on {like.device} "
+            f"psa_tail: all tensors must be on one device, but branches[0] is on {device} "
             f"and {name} is on {value.device}"
         )
 

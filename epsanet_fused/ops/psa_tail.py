@@ -74,15 +74,16 @@ def psa_tail(
         NotImplementedError: for second derivatives and forward-mode differentiation.
     """
     name = current_backend()
-    fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     failure = None
     if name != "reference" and not torch.compiler.is_compiling():
+        weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         try:
-            out = _try_inference(name, branches, fc, scale, shift, relu)
+            out = _try_inference(name, branches, weights, scale, shift, relu)
             if out is not None:
                 return out
         except Exception as error:  # check_psa_tail says it better if an argument is to blame
             failure = error
+    fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if not torch.jit.is_tracing():  # there sizes are tensors, whose comparison warns
         check_psa_tail(branches, fc, scale, shift, relu)
     if failure is not None:
@@ -96,7 +97,7 @@ def psa_tail(
 def _try_inference(
     name: str,
     branches: Sequence[Tensor],
-    fc: SEWeights,
+    fc: tuple[Tensor, Tensor, Tensor, Tensor],
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
@@ -105,18 +106,19 @@ def _try_inference(
 
     Small tails are bound by time on the host, and this saves much of it: the checks in Python, as
     ``inference`` refuses the same tensors, and the dispatcher's way back into Python. The backend
-    can't check a gradient that is due, nor a relu that isn't a bool.
+    can't check a gradient that is due, nor a relu that isn't a bool. Each microsecond counts, hence
+    the plain tuple, which is built four times as fast as SEWeights.
     """
     if not isinstance(branches, (list, tuple)) or not isinstance(relu, bool):
         return None
-    refuse_forward_mode("psa_tail", (*branches, *fc))
-    backend = resolve(name, branches[0].device.type, branches)
-    if not hasattr(backend, "inference"):
-        return None
+    refuse_forward_mode("psa_tail", branches, fc)
     if torch.is_grad_enabled():
         epilogue = [v for v in (scale, shift) if v is not None]
         if any(t.requires_grad for t in (*branches, *fc, *epilogue)):
             return None
+    backend = resolve(name, branches[0].device.type, branches)
+    if not hasattr(backend, "inference"):
+        return None
     return backend.inference(branches, fc, scale, shift, relu)
 
 
@@ -125,10 +127,12 @@ def as_matrices(fc: SEWeights) -> SEWeights:
     return SEWeights(fc.fc1_weight.flatten(1), fc.fc1_bias, fc.fc2_weight.flatten(1), fc.fc2_bias)
 
 
-def refuse_forward_mode(operator: str, tensors: Sequence[Tensor]) -> None:
+def refuse_forward_mode(
+    operator: str, branches: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> None:
     """Raise NotImplementedError for a tensor with a tangent: torch.library would drop it."""
     if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        forward_ad.unpack_dual(t).tangent is not None for t in (*branches, *parameters)
     ):
         raise NotImplementedError(f"{operator} has no forward-mode derivative; {_ADVICE}")
 

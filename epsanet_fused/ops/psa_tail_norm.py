@@ -87,7 +87,7 @@ def psa_tail_norm(
         return F.relu(norm(psa_tail(branches, *fc)))
     if not torch.compiler.is_compiling():
         affine = [p for p in (norm.weight, norm.bias) if p is not None]
-        refuse_forward_mode("psa_tail_norm", (*branches, *fc, *affine))
+        refuse_forward_mode("psa_tail_norm", branches, (*fc, *affine))
     out, *_, mean, var = torch.ops.epsanet_fused.psa_tail_norm(
         branches, *as_matrices(fc), norm.weight, norm.bias, norm.eps, name
     )

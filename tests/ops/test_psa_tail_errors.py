@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import Shape, make_case, run_by
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import epsanet_fused as ef
 
@@ -150,6 +152,20 @@ def test_bad_argument_is_named(
     assert str(raised.value).startswith("psa_tail: ")
     for t, b in zip(tensors, before, strict=True):
         assert torch.equal(t.to_dense(), b.to_dense()) or t.dtype == torch.float8_e4m3fn
+
+
+FAKEABLE = [name for name in BAD if name != "a sparse tensor"]
+
+
+@pytest.mark.parametrize("name", FAKEABLE)
+def test_bad_argument_is_named_without_data(name: str) -> None:
+    """Under FakeTensorMode, where the library's own operators run by their fake kernels."""
+    change, error, message = BAD[name]
+    with FakeTensorMode() as mode:
+        given = tree_map_only(torch.Tensor, mode.from_tensor, arguments(**change))
+        with pytest.raises(error, match=message) as raised:
+            ef.psa_tail(**given)
+    assert str(raised.value).startswith("psa_tail: ")
 
 
 @pytest.mark.parametrize(
