@@ -1,5 +1,5 @@
-// Chooses the kernels and their grids, allocates their workspace and launches them. All decisions
-// that depend on measurements are in the make_ and choose_ functions of this file.
+// Chooses the kernels and their grids, divides the workspace and launches them. All decisions that
+// depend on measurements are in the make_ and choose_ functions of this file.
 #include "cuda.h"
 
 #include <algorithm>

@@ -38,7 +38,7 @@ struct InFlightLoads {
   Vec x, g;
 };
 
-// The backward doesn't read the branches again after this pass, but the gradient.
+// After this pass the backward reads the gradient again, but not the branches.
 template <class T, bool kProduct>
 PSA_DEVICE InFlightLoads issue_loads(const PixelRow<T>& row, int i) {
   InFlightLoads in_flight = {};
@@ -74,8 +74,8 @@ PSA_DEVICE float sum_of_long_row(const PixelRow<T>& row) {
   return sum_of_lanes(sum, kWarp);
 }
 
-// A group of args.lanes lanes sums rows of at most so many windows, one window a lane; each lane
-// has the windows of several rows in flight.
+// A group of args.lanes lanes sums rows of at most that many windows, one window for each lane.
+// Each lane has the windows of several rows in flight.
 template <class T, bool kProduct>
 PSA_DEVICE void sum_short_rows(const SumArgs& args, int64_t b, int split, int begin, int end,
                                float* sums) {

@@ -47,26 +47,26 @@ def emulator(library: Path, threads: None) -> Emulator:
     return Emulator(library)
 
 
-def one_pass_takes(shape: str, dtype: str, layout: str) -> bool:
+def one_pass_takes(shape: str, dtype: str, memory_format: str) -> bool:
     """Return True if samples are dense and begin at multiples of 16 bytes, in one memory format."""
     vector = 16 // DTYPES[dtype].itemsize
     _, _, C, H, W, _ = SHAPES[shape]
-    if layout == "channels_last" and H * W > 1:
+    if memory_format == "channels_last" and H * W > 1:
         return C % vector == 0
     return C * H * W % vector == 0
 
 
 @pytest.mark.parametrize("order", harness.ORDERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_paths_match_the_oracle(
-    emulator: Emulator, shape: str, dtype: str, layout: str, order: str
+    emulator: Emulator, shape: str, dtype: str, memory_format: str, order: str
 ) -> None:
-    case, oracle, plain = named_case(shape, dtype, layout)
+    case, oracle, plain = named_case(shape, dtype, memory_format)
     emulator.order = order
     paths = ["two_pass"]
-    if one_pass_takes(shape, dtype, layout):
+    if one_pass_takes(shape, dtype, memory_format):
         paths.append("one_pass")
     for emulator.path in paths:
         assert_accurate(evaluate(emulator.psa_tail, *case), oracle, plain)
@@ -87,11 +87,11 @@ def launches(emulator: Emulator, case: Case) -> tuple[list[str], list[str]]:
     return forward, emulator.launches
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_how_many_kernels_run(emulator: Emulator, layout: str) -> None:
-    case = make_case(SMALL, torch.float16, LAYOUTS[layout])
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_how_many_kernels_run(emulator: Emulator, memory_format: str) -> None:
+    case = make_case(SMALL, torch.float16, LAYOUTS[memory_format])
     emulator.path = "two_pass"
-    two = TWO_PASSES if layout == "nchw" else ["sum_columns", "recalibrate_columns"]
+    two = TWO_PASSES if memory_format == "nchw" else ["sum_columns", "recalibrate_columns"]
     assert launches(emulator, case) == (two, [*two, "fc_grad"])
     emulator.path = "one_pass"
     emulator.limits = DeviceLimits(multiprocessors=1)  # no need for clusters
@@ -118,11 +118,13 @@ def test_automatic_takes_one_pass_where_it_can(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("order", harness.ORDERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("shape", ["S2", "S4", "5x9", "five branches", "C256"])
-def test_one_pass_by_clusters(emulator: Emulator, shape: str, layout: str, order: str) -> None:
+def test_one_pass_by_clusters(
+    emulator: Emulator, shape: str, memory_format: str, order: str
+) -> None:
     """Clusters of any size are right; they grow as long as multiprocessors are idle."""
-    case, oracle, plain = named_case(shape, "fp16", layout)
+    case, oracle, plain = named_case(shape, "fp16", memory_format)
     B = len(case.branches[0])
     emulator.path, emulator.order = "one_pass", order
     for cluster in (1, 2, 4, 8):
@@ -132,14 +134,14 @@ def test_one_pass_by_clusters(emulator: Emulator, shape: str, layout: str, order
         assert emulator.launches == [f"one_pass{suffix}", "fc_grad"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize(
     ("stage", "cluster"), [("S1", "*8"), ("S2", "*4"), ("S3", "*2"), ("S4", "")]
 )
 def test_clusters_grow_with_the_sample(
-    emulator: Emulator, stage: str, cluster: str, layout: str
+    emulator: Emulator, stage: str, cluster: str, memory_format: str
 ) -> None:
-    case, _, _ = named_case(stage, "fp16", layout)
+    case, _, _ = named_case(stage, "fp16", memory_format)
     emulator.limits = DeviceLimits(multiprocessors=1)
     emulator.forward(case.branches, case.fc)
     assert emulator.launches == [f"one_pass{cluster}"]
@@ -147,33 +149,33 @@ def test_clusters_grow_with_the_sample(
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("multiprocessors", [1, 16, 1000])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 def test_few_and_many_processors(
-    emulator: Emulator, path: str, multiprocessors: int, layout: str
+    emulator: Emulator, path: str, multiprocessors: int, memory_format: str
 ) -> None:
     """More multiprocessors: more splits, less work for each block, larger clusters."""
     emulator.path, emulator.limits = path, DeviceLimits(multiprocessors=multiprocessors)
-    case, oracle, plain = named_case("S1", "fp16", layout)
+    case, oracle, plain = named_case("S1", "fp16", memory_format)
     assert_accurate(evaluate(emulator.psa_tail, *case), oracle, plain)
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("shape", ["S1", "S3", "S4", "7x7"])
 def test_all_traffic_is_wide(
-    emulator: Emulator, shape: str, dtype: str, layout: str, path: str
+    emulator: Emulator, shape: str, dtype: str, memory_format: str, path: str
 ) -> None:
     """All accesses are 16 bytes wide, even at 49 pixels.
 
     Two passes move 3 N bytes forward and 4 N backward, one pass 2 N and 3 N.
     """
-    case, _, _ = named_case(shape, dtype, layout)
+    case, _, _ = named_case(shape, dtype, memory_format)
     emulator.path = path
     out, squeeze, attention = emulator.forward(case.branches, case.fc)
     N = out.nbytes
     # The first pass reads a vector that spans two rows once for each of them.
-    rows = squeeze.numel() if path == "two_pass" and layout == "nchw" else 0
+    rows = squeeze.numel() if path == "two_pass" and memory_format == "nchw" else 0
     least = 3 if path == "two_pass" else 2
     assert least * N <= emulator.wide_bytes <= least * N + 16 * rows
     emulator.backward(case.grad, case.branches, squeeze, attention, case.fc)
@@ -183,8 +185,8 @@ def test_all_traffic_is_wide(
 def test_large_batches(emulator: Emulator) -> None:
     emulator.limits = DeviceLimits(multiprocessors=4)
     for emulator.path in ("two_pass", "one_pass"):
-        for layout in LAYOUTS.values():
-            check(emulator, make_case(Shape(33, 4, 16, 6, 6, 2), torch.bfloat16, layout))
+        for memory_format in LAYOUTS.values():
+            check(emulator, make_case(Shape(33, 4, 16, 6, 6, 2), torch.bfloat16, memory_format))
 
 
 @pytest.mark.parametrize("pixels", [*range(1, 20), 31, 33, 63, 65, 127, 255, 257, 300])
@@ -203,18 +205,18 @@ def test_all_widths_of_columns(emulator: Emulator, channels: int) -> None:
         check(emulator, make_case(shape, torch.float16, torch.channels_last))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("path", ["two_pass", "automatic"])
-def test_many_branches(emulator: Emulator, path: str, layout: str) -> None:
+def test_many_branches(emulator: Emulator, path: str, memory_format: str) -> None:
     emulator.path = path
-    check(emulator, make_case(Shape(2, 32, 8, 3, 3, 3), torch.float32, LAYOUTS[layout]))
+    check(emulator, make_case(Shape(2, 32, 8, 3, 3, 3), torch.float32, LAYOUTS[memory_format]))
     with pytest.raises(ValueError, match="up to 32 branches, not 33"):
         check(emulator, make_case(Shape(2, 33, 8, 3, 3, 3)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_se_module_too_large_for_shared_memory(emulator: Emulator, layout: str) -> None:
-    case = make_case(Shape(2, 4, 1800, 3, 2, 5), torch.float32, LAYOUTS[layout])
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_an_se_module_too_large_for_shared_memory(emulator: Emulator, memory_format: str) -> None:
+    case = make_case(Shape(2, 4, 1800, 3, 2, 5), torch.float32, LAYOUTS[memory_format])
     emulator.limits = DeviceLimits(shared_per_block=48 * 1024)
     check(emulator, case)
     forward, backward = launches(emulator, case)
@@ -242,11 +244,11 @@ def as_pixels(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("view", GRADIENTS.values(), ids=GRADIENTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 def test_any_strides_of_the_gradient(
-    emulator: Emulator, view: Callable[[Tensor], Tensor], layout: str
+    emulator: Emulator, view: Callable[[Tensor], Tensor], memory_format: str
 ) -> None:
-    case = make_case(SMALL, layout=LAYOUTS[layout])
+    case = make_case(SMALL, layout=LAYOUTS[memory_format])
     branches = [as_pixels(x) for x in case.branches]
     check(emulator, case._replace(branches=branches, grad=as_pixels(view(case.grad))))
     ones = torch.ones(()).expand(as_pixels(case.grad).shape)
@@ -282,13 +284,13 @@ def test_weights_of_any_dtype_and_strides(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("requested", [[True, False, True, False], [False] * 4, []], ids=str)
 @pytest.mark.parametrize("fc_grads", [True, False], ids=["fc", "no fc"])
 def test_only_requested_gradients_are_written(
-    emulator: Emulator, path: str, layout: str, requested: list[bool], fc_grads: bool
+    emulator: Emulator, path: str, memory_format: str, requested: list[bool], fc_grads: bool
 ) -> None:
-    case = make_case(SMALL, layout=LAYOUTS[layout])
+    case = make_case(SMALL, layout=LAYOUTS[memory_format])
     oracle, plain = expected(case)
     emulator.path = path
     _, squeeze, attention = emulator.forward(case.branches, case.fc)
@@ -305,13 +307,13 @@ def test_only_requested_gradients_are_written(
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["branch", "fc1_weight", "fc2_bias"])
 def test_nan_and_inf_spread_as_in_the_reference(
-    emulator: Emulator, path: str, layout: str, poison: float, where: str
+    emulator: Emulator, path: str, memory_format: str, poison: float, where: str
 ) -> None:
-    case = make_case(SMALL, layout=LAYOUTS[layout])
+    case = make_case(SMALL, layout=LAYOUTS[memory_format])
     target = {"branch": case.branches[1], "fc1_weight": case.fc[0], "fc2_bias": case.fc[3]}[where]
     target[(0, 7, 0, 0) if target.dim() == 4 else 7] = poison
     emulator.path = path
@@ -338,10 +340,12 @@ def test_infinite_neighbours_stay_out_of_a_row(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("options", ["scale", "shift", "relu", "scale shift relu"])
-def test_epilogue(emulator: Emulator, path: str, dtype: str, layout: str, options: str) -> None:
-    case = make_case(SMALL, DTYPES[dtype], LAYOUTS[layout])
+def test_epilogue(
+    emulator: Emulator, path: str, dtype: str, memory_format: str, options: str
+) -> None:
+    case = make_case(SMALL, DTYPES[dtype], LAYOUTS[memory_format])
     channels = case.grad.shape[1]
     epilogue = {"scale": torch.randn(channels), "shift": torch.randn(channels), "relu": True}
     epilogue = {k: v for k, v in epilogue.items() if k in options.split()}
@@ -367,11 +371,11 @@ def test_epilogue_keeps_nan(emulator: Emulator, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 def test_the_same_bits_in_every_order_of_threads(
-    emulator: Emulator, path: str, layout: str
+    emulator: Emulator, path: str, memory_format: str
 ) -> None:
-    case = make_case(SHAPES["S3"], torch.float32, LAYOUTS[layout])
+    case = make_case(SHAPES["S3"], torch.float32, LAYOUTS[memory_format])
     emulator.path = path
     runs = []
     for emulator.order in [*harness.ORDERS, "forwards"]:
