@@ -24,7 +24,7 @@ def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measure two candidates of each convolution once; one thread, as it waits for no other."""
     monkeypatch.setattr(optimize, "SECONDS", 0.0)
     monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
-    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    monkeypatch.setattr(timing, "MIN_SAMPLES", 1)
     all_candidates = conv_planner.candidates
     monkeypatch.setattr(conv_planner, "candidates", lambda problem: all_candidates(problem)[:2])
     threads = torch.get_num_threads()

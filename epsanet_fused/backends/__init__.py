@@ -1,1 +1,1 @@
-"""The ways to run the operators, and which one runs."""
+"""The backends that run the operators, and the choice among them."""

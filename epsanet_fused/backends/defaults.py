@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epsanet_fused.utils.memory_format import output_format
+from epsanet_fused.utils.memory_format import output_memory_format
 
 
 class TailProblem(NamedTuple):
@@ -69,7 +69,7 @@ def describe(branches: Sequence[Tensor]) -> TailProblem:
     x = branches[0]
     major, minor = torch.cuda.get_device_capability(x.device)
     sample_bytes = len(branches) * x[0].numel() * x.element_size() if x.shape[0] else 0
-    channels_last = output_format(branches) == torch.channels_last
+    channels_last = output_memory_format(branches) == torch.channels_last
     return TailProblem(10 * major + minor, channels_last, x.dtype, sample_bytes, x.shape[0])
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epsanet_fused.backends.interface import NormParams, NormStats, SEWeights
-from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, output_format
+from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, output_memory_format
 
 name = "reference"
 
@@ -44,7 +44,7 @@ def forward(
         out = torch.cat([x * w for x, w in zip(branches[::-1], weights[::-1], strict=True)], 1)
         if scale is not None or shift is not None or relu:
             out = _epilogue(out.to(acc), scale, shift, relu).to(dtype)
-    return out.contiguous(memory_format=output_format(branches)), squeeze, attention
+    return out.contiguous(memory_format=output_memory_format(branches)), squeeze, attention
 
 
 def _attention(squeeze: Tensor, fc: SEWeights) -> Tensor:
@@ -142,7 +142,7 @@ def norm_forward(
         normalized = _normalized(centered, _affine(stats, norm))
         parts = [F.relu(z).to(dtype) for z in normalized]
     out = torch.cat(parts[::-1], 1)
-    return out.contiguous(memory_format=output_format(branches)), stats
+    return out.contiguous(memory_format=output_memory_format(branches)), stats
 
 
 def _mean(x: Tensor, acc: torch.dtype) -> Tensor:

@@ -30,10 +30,9 @@ NAMES = tuple(name for name in _BACKENDS if ":" not in name)
 VARIANTS = tuple(name for name in _BACKENDS if ":" in name)
 _CHOICES = ("auto", *_BACKENDS)
 
-ENV = "EPSANET_FUSED_BACKEND"
 # One choice for the whole process, as with torch.backends: torch.compile can guard on a global, but
 # can't trace a ContextVar.
-_choice = os.environ.get(ENV, "auto")
+_choice = os.environ.get("EPSANET_FUSED_BACKEND", "auto")
 
 
 class BackendStatus(NamedTuple):
@@ -92,8 +91,7 @@ def current_backend() -> str:
     """
     if _is_exporting():
         return "reference"
-    if _choice not in _CHOICES:
-        _check_name(_choice, f"the environment variable {ENV}")
+    _check_name(_choice, "the environment variable EPSANET_FUSED_BACKEND")
     return _choice
 
 
@@ -142,7 +140,7 @@ def _first_available(device_type: str, names: tuple[str, ...]) -> Backend:
     for name in names:
         if (reason := _BACKENDS[name].unavailable_reason(device_type)) is None:
             return _BACKENDS[name]
-        # The cache keeps this to one warning. Users must not become slower without notice.
+        # The cache limits this to one warning: a slow fallback must not go unnoticed.
         warnings.warn(
             f"epsanet_fused: the backend {name!r} can't run on {device_type} tensors ({reason}); "
             f"falling back to {names[-1]!r}, which is slower",
@@ -159,6 +157,6 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _device_types() -> list[str]:
-    """The types of device on this machine, the accelerator last: its reasons tell the most."""
+    """Return this machine's types of device, the accelerator last: its reasons say the most."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

@@ -100,12 +100,12 @@ def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: in
     """Update the running statistics as BatchNorm2d does, from n values per channel."""
     if not (norm.training and norm.track_running_stats):
         return
-    momentum = norm.momentum
+    momentum: Tensor | float | None = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # a cumulative average
             momentum = 1 / norm.num_batches_tracked.to(mean.dtype)
-    if n == 0:
+    if n == 0 or momentum is None:
         return
     pairs = ((norm.running_mean, mean), (norm.running_var, var * (n / (n - 1))))
     for running, batch in pairs:

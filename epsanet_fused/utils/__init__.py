@@ -1,1 +1,1 @@
-"""Helpers that know nothing of PSA."""
+"""Helpers that have nothing to do with PSA."""

@@ -1,4 +1,4 @@
-"""Writing files."""
+"""Write files so that a crash never leaves half of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """All of the file or none of it, whatever happens meanwhile."""
+    """Write the file through a temporary one beside it, so that readers see all of it or none.
+
+    An error or an interruption leaves the file as it was and removes the temporary one.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,4 +1,4 @@
-"""What a measurement was taken on."""
+"""Describe the hardware and the libraries that a measurement was taken on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def cpu_model() -> str:
-    """The processor's name as its maker gives it, or at least the architecture."""
+    """Return the processor's model name, or at least its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -17,7 +17,7 @@ def cpu_model() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name, with the number of threads for a CPU."""
+    """Return the device's name, with the number of threads for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -26,17 +26,18 @@ def device_name(device: torch.device) -> str:
 
 
 def library_versions(device: torch.device) -> str:
-    """The versions of PyTorch and of the library that runs its convolutions there, and how."""
+    """Return the versions of PyTorch and of the library that runs its convolutions there."""
     if device.type == "cuda":
-        how = " autotuned" if torch.backends.cudnn.benchmark else ""
-        return f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}{how}"
-    return f"torch {torch.__version__}"  # which has its oneDNN inside
+        tuned = " autotuned" if torch.backends.cudnn.benchmark else ""
+        return f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}{tuned}"
+    return f"torch {torch.__version__}"  # its oneDNN is part of it
 
 
 def conv_eps(dtype: torch.dtype, device: torch.device) -> float:
-    """The relative rounding of what a convolution there multiplies.
+    """Return the machine epsilon of the factors that a convolution on this device multiplies.
 
-    cuDNN may take TF32 for float32, whose significand is float16's; by default PyTorch lets it.
+    cuDNN may round float32 to TF32, which has float16's significand; PyTorch allows it by default.
     """
-    tf32 = device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    tf32 = device.type == "cuda" and precision == "tf32"
     return torch.finfo(torch.float16 if tf32 and dtype == torch.float32 else dtype).eps

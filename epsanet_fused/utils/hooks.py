@@ -1,4 +1,4 @@
-"""Whether anybody watches a module: what goes around its call would go unseen."""
+"""Detect hooks that bypassing a module would skip."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _common = nn.modules.module
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether one of these modules has hooks of its own, or there are hooks on all modules."""
+    """Tell whether one of these modules has a hook, or a global hook on all modules exists."""
     return bool(
         _common._global_forward_hooks
         or _common._global_forward_pre_hooks

@@ -1,4 +1,4 @@
-"""Signs of life during long work."""
+"""Report progress during long work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ Item = TypeVar("Item")
 def progress(
     items: Sequence[Item], unit: str, describe: Callable[[Item], str]
 ) -> Iterator[tuple[int, Item]]:
-    """The items, numbered; a bar on stderr says which one is at work, or a line for each."""
+    """Yield the items, numbered, and show on stderr which one is at work.
+
+    Args:
+        items: to yield.
+        unit: the name of an item, for the progress bar.
+        describe: returns the text to show for an item.
+
+    Yields:
+        ``(i, item)``. tqdm draws a bar; without it, there is a line for each item.
+    """
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:

@@ -1,9 +1,9 @@
-"""Timing: variants interleaved in one process, medians with p20 and p80.
+"""Time variants of a call, interleaved in one process; report medians with p20 and p80.
 
-Interleaving gives every variant the same share of whatever else the machine does: a slow second
-then spoils one sample of each, which a median forgets. The order changes from turn to turn, and
-each sample begins with a call that isn't timed: what ran before leaves caches and the memory
-allocator in a state that has cost its successor a quarter more.
+Interleaving exposes all variants to the same load of the machine: a slow second spoils one sample
+of each, which the median ignores. The order changes from turn to turn, and each sample begins with
+an untimed call: the state in which the previous variant leaves caches and the memory allocator was
+seen to cost a quarter more time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-FEWEST_SAMPLES = 5
-# Long enough that the clock's resolution and the price of reading it are far below a percent.
+MIN_SAMPLES = 5
+# The clock's resolution and the cost of reading it are far below a percent of this.
 SAMPLE_SECONDS = 2e-3
-MOST_CALLS = 200
+MAX_CALLS = 200
 
 Key = TypeVar("Key")
 
 
 class Timing(NamedTuple):
-    """Milliseconds per call over a number of samples; low to high is where the median may lie."""
+    """Milliseconds per call; the true median lies between low and high with 95 % confidence."""
 
     p20: float
     p50: float
@@ -36,38 +36,46 @@ class Timing(NamedTuple):
     samples: int
 
     def ties(self, other: Timing) -> bool:
-        """Whether the two medians can't be told apart."""
+        """Tell whether the medians can't be distinguished."""
         return self.low <= other.high and other.low <= self.high
 
 
 class Variant(NamedTuple):
-    """One of the things to compare: what to call, and a context to be in, outside the timing."""
+    """A call to time, and a context that is entered outside the timing."""
 
     call: Callable[[], object]
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class Clock(Protocol):
-    """Measures milliseconds per call of a function called ``calls`` times in a row."""
+    """A way to measure time."""
 
-    name: str
-    single: bool  # whether each call is measured by itself, never several in a row
+    @property
+    def name(self) -> str:
+        """The quantity that is measured, for reports."""
 
-    def measure(self, call: Callable[[], object], calls: int) -> float: ...
+    @property
+    def single(self) -> bool:
+        """True if each call is measured by itself, never several in a row."""
+
+    def measure(self, call: Callable[[], object], calls: int) -> float:
+        """Call ``call`` ``calls`` times in a row and return the milliseconds per call."""
 
 
 @dataclass(frozen=True)
 class CpuClock:
-    """Process CPU time for one thread, which no neighbour disturbs; wall time for more."""
+    """Process CPU time for one thread, as other processes disturb it less; wall time for more."""
 
     threads: int
     single: bool = False
 
     @property
     def name(self) -> str:
+        """The quantity that is measured: CPU or wall time."""
         return "process CPU time" if self.threads == 1 else "wall time"
 
     def measure(self, call: Callable[[], object], calls: int) -> float:
+        """Return the milliseconds per call."""
         now = time.process_time if self.threads == 1 else time.perf_counter
         start = now()
         for _ in range(calls):
@@ -77,36 +85,48 @@ class CpuClock:
 
 @dataclass(frozen=True)
 class CudaClock:
-    """Device events around the calls. A host that is slower than the device shows, as it should."""
+    """Time between device events around the calls; it includes waiting for a slower host."""
 
     name: str = "device events"
     single: bool = False
 
     def measure(self, call: Callable[[], object], calls: int) -> float:
+        """Return the milliseconds per call."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(calls):
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / calls
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / calls
 
 
 def make_clock(device: torch.device) -> Clock:
-    """The clock that times what runs on this device."""
+    """Return the clock for calls that run on this device."""
     return CudaClock() if device.type == "cuda" else CpuClock(torch.get_num_threads())
 
 
 def interleave(
     variants: Mapping[Key, Variant], clock: Clock, reps: int, seconds: float
 ) -> dict[Key, Timing]:
-    """Time all variants in turns, ``reps`` samples each, or as many as fit into ``seconds``."""
+    """Time all variants in turns.
+
+    Args:
+        variants: by name.
+        clock: measures each sample.
+        reps: the number of samples of each variant.
+        seconds: the time after which to stop earlier, but not before MIN_SAMPLES samples.
+
+    Returns:
+        The timing of each variant.
+    """
     calls = {name: _calls_per_sample(v, clock) for name, v in variants.items()}
     samples: dict[Key, list[float]] = {name: [] for name in variants}
     deadline = time.perf_counter() + seconds
     order, shuffled = list(variants.items()), random.Random(0)
     for turn in range(reps):
-        if turn >= FEWEST_SAMPLES and time.perf_counter() > deadline:
+        if turn >= MIN_SAMPLES and time.perf_counter() > deadline:
             break
         shuffled.shuffle(order)
         for name, variant in order:
@@ -117,19 +137,21 @@ def interleave(
 
 
 def _calls_per_sample(variant: Variant, clock: Clock) -> int:
-    """Warm the variant up, and say how many calls make a sample of sufficient length."""
+    """Warm the variant up, and return how many calls a sample of SAMPLE_SECONDS takes."""
     with variant.context():
         for _ in range(2):
             variant.call()
         ms = clock.measure(variant.call, 1)
     if clock.single:
         return 1
-    return max(1, min(MOST_CALLS, round(SAMPLE_SECONDS * 1e3 / max(ms, 1e-6))))
+    return max(1, min(MAX_CALLS, round(SAMPLE_SECONDS * 1e3 / max(ms, 1e-6))))
 
 
 def summarise(milliseconds: list[float]) -> Timing:
-    # Of n samples, those within sqrt(n) ranks of the middle hold the true median at 95 %.
+    """Return the quantiles of these samples, and the confidence interval of their median."""
+    # The samples within sqrt(n) ranks of the middle contain the true median at 95 %.
     margin = min(0.5, len(milliseconds) ** -0.5)
     at = torch.tensor([0.2, 0.5, 0.8, 0.5 - margin, 0.5 + margin], dtype=torch.float64)
     quantiles = torch.tensor(milliseconds, dtype=torch.float64).quantile(at)
-    return Timing(*quantiles.tolist(), samples=len(milliseconds))
+    p20, p50, p80, low, high = quantiles.tolist()
+    return Timing(p20, p50, p80, low, high, samples=len(milliseconds))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cases import LAYOUTS, Case, Shape, assert_accurate, expected, make_case
+from helpers.cases import MEMORY_FORMATS, Case, Shape, assert_accurate, expected, make_case
 from helpers.norm_cases import evaluate_norm, expected_norm, make_norm_case
 
 import epsanet_fused as ef
@@ -68,7 +68,7 @@ def test_an_unknown_instruction_set_is_named() -> None:
     assert error.endswith("on this CPU, got avx9")
 
 
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_every_16_bit_number_is_read_and_rounded_right(
     dtype: torch.dtype, memory_format: str
@@ -77,7 +77,7 @@ def test_every_16_bit_number_is_read_and_rounded_right(
     bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     bits = bits[bits.float().abs() < 1e30]
     x = torch.cat([bits, bits[:-1].flip(0)]).view(1, 1, -1, 1).expand(1, 18, -1, 1)
-    x = x.contiguous(memory_format=LAYOUTS[memory_format])
+    x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
     fc = (torch.zeros(1, 18), torch.zeros(1), torch.zeros(18, 1), torch.zeros(18))
     scale = torch.linspace(0.3, 3, 36)
     with ef.use_backend("cpu"):
@@ -99,12 +99,12 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SPLIT.values(), ids=SPLIT)
 def test_the_same_bits_with_any_number_of_threads(
     shape: Shape, memory_format: str, threads: None
 ) -> None:
-    case = make_case(shape, layout=LAYOUTS[memory_format])
+    case = make_case(shape, memory_format=MEMORY_FORMATS[memory_format])
     results = []
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
@@ -116,12 +116,12 @@ def test_the_same_bits_with_any_number_of_threads(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SPLIT.values(), ids=SPLIT)
 def test_the_same_bits_of_psa_tail_norm_with_any_number_of_threads(
     shape: Shape, memory_format: str, threads: None
 ) -> None:
-    case = make_norm_case(shape, layout=LAYOUTS[memory_format])
+    case = make_norm_case(shape, memory_format=MEMORY_FORMATS[memory_format])
     results = []
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)

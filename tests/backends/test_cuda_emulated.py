@@ -14,7 +14,7 @@ from helpers.cases import (
     BRANCHES,
     DTYPES,
     GRADIENTS,
-    LAYOUTS,
+    MEMORY_FORMATS,
     SHAPES,
     SMALL,
     Case,
@@ -57,7 +57,7 @@ def one_pass_takes(shape: str, dtype: str, memory_format: str) -> bool:
 
 
 @pytest.mark.parametrize("order", harness.ORDERS)
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_paths_match_the_oracle(
@@ -87,9 +87,9 @@ def launches(emulator: Emulator, case: Case) -> tuple[list[str], list[str]]:
     return forward, emulator.launches
 
 
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_how_many_kernels_run(emulator: Emulator, memory_format: str) -> None:
-    case = make_case(SMALL, torch.float16, LAYOUTS[memory_format])
+    case = make_case(SMALL, torch.float16, MEMORY_FORMATS[memory_format])
     emulator.path = "two_pass"
     two = TWO_PASSES if memory_format == "nchw" else ["sum_columns", "recalibrate_columns"]
     assert launches(emulator, case) == (two, [*two, "fc_grad"])
@@ -118,7 +118,7 @@ def test_automatic_takes_one_pass_where_it_can(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("order", harness.ORDERS)
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", ["S2", "S4", "5x9", "five branches", "C256"])
 def test_one_pass_by_clusters(
     emulator: Emulator, shape: str, memory_format: str, order: str
@@ -134,7 +134,7 @@ def test_one_pass_by_clusters(
         assert emulator.launches == [f"one_pass{suffix}", "fc_grad"]
 
 
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize(
     ("stage", "cluster"), [("S1", "*8"), ("S2", "*4"), ("S3", "*2"), ("S4", "")]
 )
@@ -149,7 +149,7 @@ def test_clusters_grow_with_the_sample(
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("multiprocessors", [1, 16, 1000])
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_few_and_many_processors(
     emulator: Emulator, path: str, multiprocessors: int, memory_format: str
 ) -> None:
@@ -160,7 +160,7 @@ def test_few_and_many_processors(
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("shape", ["S1", "S3", "S4", "7x7"])
 def test_all_traffic_is_wide(
@@ -185,7 +185,7 @@ def test_all_traffic_is_wide(
 def test_large_batches(emulator: Emulator) -> None:
     emulator.limits = DeviceLimits(multiprocessors=4)
     for emulator.path in ("two_pass", "one_pass"):
-        for memory_format in LAYOUTS.values():
+        for memory_format in MEMORY_FORMATS.values():
             check(emulator, make_case(Shape(33, 4, 16, 6, 6, 2), torch.bfloat16, memory_format))
 
 
@@ -205,18 +205,20 @@ def test_all_widths_of_columns(emulator: Emulator, channels: int) -> None:
         check(emulator, make_case(shape, torch.float16, torch.channels_last))
 
 
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("path", ["two_pass", "automatic"])
 def test_many_branches(emulator: Emulator, path: str, memory_format: str) -> None:
     emulator.path = path
-    check(emulator, make_case(Shape(2, 32, 8, 3, 3, 3), torch.float32, LAYOUTS[memory_format]))
+    check(
+        emulator, make_case(Shape(2, 32, 8, 3, 3, 3), torch.float32, MEMORY_FORMATS[memory_format])
+    )
     with pytest.raises(ValueError, match="up to 32 branches, not 33"):
         check(emulator, make_case(Shape(2, 33, 8, 3, 3, 3)))
 
 
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_an_se_module_too_large_for_shared_memory(emulator: Emulator, memory_format: str) -> None:
-    case = make_case(Shape(2, 4, 1800, 3, 2, 5), torch.float32, LAYOUTS[memory_format])
+    case = make_case(Shape(2, 4, 1800, 3, 2, 5), torch.float32, MEMORY_FORMATS[memory_format])
     emulator.limits = DeviceLimits(shared_per_block=48 * 1024)
     check(emulator, case)
     forward, backward = launches(emulator, case)
@@ -244,11 +246,11 @@ def as_pixels(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("view", GRADIENTS.values(), ids=GRADIENTS)
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_any_strides_of_the_gradient(
     emulator: Emulator, view: Callable[[Tensor], Tensor], memory_format: str
 ) -> None:
-    case = make_case(SMALL, layout=LAYOUTS[memory_format])
+    case = make_case(SMALL, memory_format=MEMORY_FORMATS[memory_format])
     branches = [as_pixels(x) for x in case.branches]
     check(emulator, case._replace(branches=branches, grad=as_pixels(view(case.grad))))
     ones = torch.ones(()).expand(as_pixels(case.grad).shape)
@@ -284,13 +286,13 @@ def test_weights_of_any_dtype_and_strides(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("requested", [[True, False, True, False], [False] * 4, []], ids=str)
 @pytest.mark.parametrize("fc_grads", [True, False], ids=["fc", "no fc"])
 def test_only_requested_gradients_are_written(
     emulator: Emulator, path: str, memory_format: str, requested: list[bool], fc_grads: bool
 ) -> None:
-    case = make_case(SMALL, layout=LAYOUTS[memory_format])
+    case = make_case(SMALL, memory_format=MEMORY_FORMATS[memory_format])
     oracle, plain = expected(case)
     emulator.path = path
     _, squeeze, attention = emulator.forward(case.branches, case.fc)
@@ -307,13 +309,13 @@ def test_only_requested_gradients_are_written(
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["branch", "fc1_weight", "fc2_bias"])
 def test_nan_and_inf_spread_as_in_the_reference(
     emulator: Emulator, path: str, memory_format: str, poison: float, where: str
 ) -> None:
-    case = make_case(SMALL, layout=LAYOUTS[memory_format])
+    case = make_case(SMALL, memory_format=MEMORY_FORMATS[memory_format])
     target = {"branch": case.branches[1], "fc1_weight": case.fc[0], "fc2_bias": case.fc[3]}[where]
     target[(0, 7, 0, 0) if target.dim() == 4 else 7] = poison
     emulator.path = path
@@ -340,12 +342,12 @@ def test_infinite_neighbours_stay_out_of_a_row(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("options", ["scale", "shift", "relu", "scale shift relu"])
 def test_epilogue(
     emulator: Emulator, path: str, dtype: str, memory_format: str, options: str
 ) -> None:
-    case = make_case(SMALL, DTYPES[dtype], LAYOUTS[memory_format])
+    case = make_case(SMALL, DTYPES[dtype], MEMORY_FORMATS[memory_format])
     channels = case.grad.shape[1]
     epilogue = {"scale": torch.randn(channels), "shift": torch.randn(channels), "relu": True}
     epilogue = {k: v for k, v in epilogue.items() if k in options.split()}
@@ -371,11 +373,11 @@ def test_epilogue_keeps_nan(emulator: Emulator, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_the_same_bits_in_every_order_of_threads(
     emulator: Emulator, path: str, memory_format: str
 ) -> None:
-    case = make_case(SHAPES["S3"], torch.float32, LAYOUTS[memory_format])
+    case = make_case(SHAPES["S3"], torch.float32, MEMORY_FORMATS[memory_format])
     emulator.path = path
     runs = []
     for emulator.order in [*harness.ORDERS, "forwards"]:

@@ -224,7 +224,7 @@ def test_norm_scope_times_the_operator_beside_its_parts(run_bench):
 def test_network_scope_times_each_provider_in_its_faster_memory_format(
     run_bench, quick_search, monkeypatch
 ):
-    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    monkeypatch.setattr(timing, "MIN_SAMPLES", 1)
     monkeypatch.setattr(inputs, "IMAGE_SIZE", 64)
     names = "eager optimized resnet50:eager resnet50:optimized seresnet50:eager"
     status, rows = run_bench(

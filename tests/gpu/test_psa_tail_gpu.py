@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.cases import (
     DTYPES,
-    LAYOUTS,
+    MEMORY_FORMATS,
     SHAPES,
     Case,
     Shape,
@@ -49,7 +49,7 @@ def fused(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def on_card(shape: Shape, dtype: str = "fp16", layout: str = "nchw") -> Case:
-    return make_case(shape, DTYPES[dtype], LAYOUTS[layout], device="cuda")
+    return make_case(shape, DTYPES[dtype], MEMORY_FORMATS[layout], device="cuda")
 
 
 # Each kernel costs seconds to compile: the stages in full, odd shapes in two combinations.
@@ -67,7 +67,7 @@ def test_matches_the_oracle(backend: str, shape: str, dtype: str, layout: str) -
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_matches_the_oracle_at_real_batches(
     fused: str, stage: str, layout: str, batch: str
@@ -91,7 +91,7 @@ def test_each_path_matches_the_oracle(path: str, shape: str, dtype: str, layout:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_path_has_the_epilogue(path: str, dtype: str, layout: str, stage: str) -> None:
     branches, fc, grad = on_card(SHAPES[stage], dtype, layout)
@@ -147,7 +147,7 @@ def test_gradient_of_sum(fused: str) -> None:
     assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("stage", ["S1", "S4"])
 def test_the_same_bits_in_five_runs(fused: str, layout: str, stage: str) -> None:
     case = on_card(SHAPES[stage]._replace(B=64), "bf16", layout)

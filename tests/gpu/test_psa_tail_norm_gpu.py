@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from helpers.cases import DTYPES, LAYOUTS, SHAPES, Shape, assert_accurate
+from helpers.cases import DTYPES, MEMORY_FORMATS, SHAPES, Shape, assert_accurate
 from helpers.norm_cases import (
     NORM_SHAPES,
     NormCase,
@@ -36,7 +36,7 @@ def _by_triton() -> Iterator[None]:
 
 
 def on_card(shape: Shape, dtype: str = "fp16", layout: str = "nchw", **how: object) -> NormCase:
-    return make_norm_case(shape, DTYPES[dtype], LAYOUTS[layout], device="cuda", **how)
+    return make_norm_case(shape, DTYPES[dtype], MEMORY_FORMATS[layout], device="cuda", **how)
 
 
 def check(case: NormCase) -> None:
@@ -46,7 +46,7 @@ def check(case: NormCase) -> None:
 # Each kernel costs seconds to compile: the stages as networks have them, odd shapes once each.
 ODD = [shape for shape in NORM_SHAPES if shape not in STAGES]
 CASES = [
-    *itertools.product(STAGES, ["fp16"], LAYOUTS),
+    *itertools.product(STAGES, ["fp16"], MEMORY_FORMATS),
     *((shape, "fp32", "nchw") for shape in ODD[::2]),
     *((shape, "bf16", "channels_last") for shape in ODD[1::2]),
 ]
@@ -58,7 +58,7 @@ def test_matches_the_oracle(shape: str, dtype: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("batch", [32, 128])
 def test_matches_the_oracle_at_real_batches(stage: str, layout: str, batch: int) -> None:
     """Enough samples for each row of the configuration table."""
@@ -97,7 +97,7 @@ def test_any_strides(view: str, dtype: str) -> None:
     check(on_card(SHAPES["S3"], dtype, change=VIEWS[view]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", [SHAPES["S1"], SHAPES["S4"]._replace(B=16)], ids=["S1", "S4"])
 def test_a_large_mean_and_a_small_variance(shape: Shape, layout: str) -> None:
     """1e3 +- 1e-1, and all samples with the attention 1 / S: else its spread is the variance.
@@ -122,7 +122,7 @@ def test_nan_and_inf_spread_as_in_pytorch(where: str, poison: float) -> None:
         torch.testing.assert_close(result, plain, equal_nan=True, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_backward_masks_what_forward_did(dtype: str, stage: str, layout: str) -> None:
@@ -138,7 +138,7 @@ def test_backward_masks_what_forward_did(dtype: str, stage: str, layout: str) ->
     assert torch.equal(norm.bias.grad, (out > 0).sum((0, 2, 3)).float())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("stage", ["S1", "S4"])
 def test_the_same_bits_in_five_runs(layout: str, stage: str) -> None:
     case = on_card(SHAPES[stage]._replace(B=64), "bf16", layout)
@@ -217,13 +217,13 @@ def block(fused: bool) -> ef.EPSABlock:
     return made.cuda()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_a_block_trains_as_the_plain_one(layout: str) -> None:
     x = torch.randn(4, 64, 12, 12, device="cuda", dtype=torch.float64)
-    x = x.contiguous(memory_format=LAYOUTS[layout])
+    x = x.contiguous(memory_format=MEMORY_FORMATS[layout])
     states = []
     for fused in (True, False):
-        model = block(fused).double().to(memory_format=LAYOUTS[layout])
+        model = block(fused).double().to(memory_format=MEMORY_FORMATS[layout])
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         for _ in range(3):
             optimizer.zero_grad()

@@ -60,7 +60,7 @@ SHAPES = {
     "eight branches": Shape(1, 8, 12, 4, 5, 2),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class Case(NamedTuple):
@@ -72,7 +72,7 @@ class Case(NamedTuple):
 def make_case(
     shape: Shape,
     dtype: torch.dtype = torch.float32,
-    layout: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = torch.contiguous_format,
     device: str = "cpu",
     fc_dtype: torch.dtype | None = None,
 ) -> Case:
@@ -93,18 +93,20 @@ def make_case(
         fc(C, R, 1, 1),
         fc(C),
     ]
-    branches = [randn(B, C, H, W).to(memory_format=layout) * (1 + s) for s in range(S)]
-    return Case(branches, weights, randn(B, S * C, H, W).to(memory_format=layout))
+    branches = [randn(B, C, H, W).to(memory_format=memory_format) * (1 + s) for s in range(S)]
+    return Case(branches, weights, randn(B, S * C, H, W).to(memory_format=memory_format))
 
 
 def accuracy_cases() -> list[tuple[str, str, str]]:
-    return list(itertools.product(SHAPES, DTYPES, LAYOUTS))
+    return list(itertools.product(SHAPES, DTYPES, MEMORY_FORMATS))
 
 
 @functools.cache
-def named_case(shape: str, dtype: str, layout: str) -> tuple[Case, list[Tensor], list[Tensor]]:
+def named_case(
+    shape: str, dtype: str, memory_format: str
+) -> tuple[Case, list[Tensor], list[Tensor]]:
     """A case with the oracle's results and plain PyTorch's, made once for all backends."""
-    case = make_case(SHAPES[shape], DTYPES[dtype], LAYOUTS[layout])
+    case = make_case(SHAPES[shape], DTYPES[dtype], MEMORY_FORMATS[memory_format])
     return case, *expected(case)
 
 
@@ -143,8 +145,8 @@ GRADIENTS = {
 }
 
 
-def slices(branches: list[Tensor], layout: torch.memory_format) -> list[Tensor]:
-    whole = torch.cat(branches, 1).contiguous(memory_format=layout)
+def slices(branches: list[Tensor], memory_format: torch.memory_format) -> list[Tensor]:
+    whole = torch.cat(branches, 1).contiguous(memory_format=memory_format)
     return list(whole.chunk(len(branches), 1))
 
 

@@ -62,14 +62,14 @@ def with_gap(x: Tensor) -> Tensor:
 def make_norm_case(
     shape: Shape,
     dtype: torch.dtype = torch.float32,
-    layout: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = torch.contiguous_format,
     fc_dtype: torch.dtype | None = None,
     change: Callable[[list[Tensor]], list[Tensor]] = lambda branches: branches,
     device: str = "cpu",
     **options: Any,
 ) -> NormCase:
     """``make_case`` with a norm; ``change`` may make other branches of the values."""
-    branches, fc, grad = make_case(shape, torch.float32, layout, device)
+    branches, fc, grad = make_case(shape, torch.float32, memory_format, device)
     branches = change([with_gap(x / (1 + s)) for s, x in enumerate(branches)])
     branches = [x.to(dtype) for x in branches]
     fc = [t.to(fc_dtype or dtype) for t in fc]

@@ -36,7 +36,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take few samples: these tests check results, not times."""
     monkeypatch.setattr(optimize, "SECONDS", 0.0)
     monkeypatch.setattr(conv_planner, "SECONDS", 0.0)
-    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    monkeypatch.setattr(timing, "MIN_SAMPLES", 1)
 
 
 def test_numbers_state_dict_and_report():

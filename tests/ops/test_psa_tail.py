@@ -10,7 +10,7 @@ from helpers.cases import (
     BACKENDS,
     BRANCHES,
     GRADIENTS,
-    LAYOUTS,
+    MEMORY_FORMATS,
     OPERATOR_BACKENDS,
     SHAPES,
     SMALL,
@@ -36,9 +36,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.mark.parametrize(("shape", "dtype", "layout"), accuracy_cases())
-def test_matches_the_oracle(backend: str, shape: str, dtype: str, layout: str) -> None:
-    case, oracle, plain = named_case(shape, dtype, layout)
+@pytest.mark.parametrize(("shape", "dtype", "memory_format"), accuracy_cases())
+def test_matches_the_oracle(backend: str, shape: str, dtype: str, memory_format: str) -> None:
+    case, oracle, plain = named_case(shape, dtype, memory_format)
     assert_accurate(evaluate(ef.psa_tail, *case), oracle, plain)
 
 
@@ -104,12 +104,12 @@ def evaluate_used(
     return [out.detach(), *grads]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_format_follows_the_branches(backend: str, layout: str) -> None:
-    case = make_case(SMALL, layout=LAYOUTS[layout])
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_memory_format_follows_the_branches(backend: str, memory_format: str) -> None:
+    case = make_case(SMALL, memory_format=MEMORY_FORMATS[memory_format])
     out, *grads = evaluate(ef.psa_tail, *case)
     for t in (out, *grads[:4]):
-        assert t.is_contiguous(memory_format=LAYOUTS[layout])
+        assert t.is_contiguous(memory_format=MEMORY_FORMATS[memory_format])
 
 
 def test_mixed_formats_give_a_contiguous_output(backend: str) -> None:
@@ -200,10 +200,10 @@ def test_dead_hidden_units_give_exactly_zero_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("parts", ["scale", "shift", "relu", "scale shift relu"])
-def test_epilogue(backend: str, dtype: torch.dtype, layout: str, parts: str) -> None:
-    case = make_case(SMALL, dtype, LAYOUTS[layout])
+def test_epilogue(backend: str, dtype: torch.dtype, memory_format: str, parts: str) -> None:
+    case = make_case(SMALL, dtype, MEMORY_FORMATS[memory_format])
     channels = case.grad.shape[1]
     epilogue = {"scale": torch.randn(channels), "shift": torch.randn(channels), "relu": True}
     epilogue = {k: v for k, v in epilogue.items() if k in parts.split()}
@@ -214,7 +214,7 @@ def test_epilogue(backend: str, dtype: torch.dtype, layout: str, parts: str) -> 
     plain = plain_tail(branches, *fc, **rounded)
     result = ef.psa_tail(branches, *fc, **epilogue)
     assert result.dtype == dtype
-    assert result.is_contiguous(memory_format=LAYOUTS[layout])
+    assert result.is_contiguous(memory_format=MEMORY_FORMATS[memory_format])
     assert max_error(result, oracle) <= bound(plain, oracle, dtype)
 
 
@@ -227,9 +227,9 @@ def test_epilogue_keeps_nan(backend: str) -> None:
     assert torch.equal(out.isnan(), expected_nan)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_same_bits_in_five_runs(backend: str, layout: str) -> None:
-    case = make_case(SHAPES["S3"], torch.float32, LAYOUTS[layout])
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_the_same_bits_in_five_runs(backend: str, memory_format: str) -> None:
+    case = make_case(SHAPES["S3"], torch.float32, MEMORY_FORMATS[memory_format])
     first, *others = (evaluate(ef.psa_tail, *case) for _ in range(5))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import DTYPES, LAYOUTS, Shape, accuracy_cases, assert_accurate, make_case, run_by
+from helpers.cases import (
+    DTYPES,
+    MEMORY_FORMATS,
+    Shape,
+    accuracy_cases,
+    assert_accurate,
+    make_case,
+    run_by,
+)
 from helpers.norm_cases import (
     NORM_BACKENDS,
     NORM_SHAPES,
@@ -44,23 +52,25 @@ def check(case: NormCase) -> list[Tensor]:
     return results
 
 
-# Each shape once, and together every dtype in every layout.
+# Each shape once, and together every dtype in every memory_format.
 FEW = [case for i, case in enumerate(accuracy_cases()) if i // 6 % 6 == i % 6]
 
 
 @pytest.mark.parametrize(
-    ("backend", "shape", "dtype", "layout"),
+    ("backend", "shape", "dtype", "memory_format"),
     by_backend(accuracy_cases(), FEW),
     indirect=["backend"],
 )
-def test_matches_the_oracle(backend: str, shape: str, dtype: str, layout: str) -> None:
-    results = check(make_norm_case(NORM_SHAPES[shape], DTYPES[dtype], LAYOUTS[layout]))
+def test_matches_the_oracle(backend: str, shape: str, dtype: str, memory_format: str) -> None:
+    results = check(
+        make_norm_case(NORM_SHAPES[shape], DTYPES[dtype], MEMORY_FORMATS[memory_format])
+    )
     assert len(results) == 1 + NORM_SHAPES[shape].S + 4 + 2 + 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_matches_the_oracle_in_float64(backend: str, layout: str) -> None:
-    check(make_norm_case(SMALL, torch.float64, LAYOUTS[layout]))
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_matches_the_oracle_in_float64(backend: str, memory_format: str) -> None:
+    check(make_norm_case(SMALL, torch.float64, MEMORY_FORMATS[memory_format]))
 
 
 def test_the_reference_backend_is_the_three_by_themselves() -> None:
@@ -108,11 +118,13 @@ def test_gradient_of_sum(backend: str) -> None:
     check(case._replace(grad=torch.ones(()).expand(case.grad.shape)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_format_follows_the_branches(backend: str, layout: str) -> None:
-    out, *grads = evaluate_norm(ef.psa_tail_norm, make_norm_case(SMALL, layout=LAYOUTS[layout]))
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_memory_format_follows_the_branches(backend: str, memory_format: str) -> None:
+    out, *grads = evaluate_norm(
+        ef.psa_tail_norm, make_norm_case(SMALL, memory_format=MEMORY_FORMATS[memory_format])
+    )
     for t in (out, *grads[:4]):
-        assert t.is_contiguous(memory_format=LAYOUTS[layout])
+        assert t.is_contiguous(memory_format=MEMORY_FORMATS[memory_format])
 
 
 @pytest.mark.parametrize(("backend", "dtype"), by_backend(DTYPES, ["bf16"]), indirect=["backend"])
@@ -132,23 +144,29 @@ def constant(branches: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "layout"), by_backend(LAYOUTS, ["channels_last"]), indirect=["backend"]
+    ("backend", "memory_format"),
+    by_backend(MEMORY_FORMATS, ["channels_last"]),
+    indirect=["backend"],
 )
-def test_constant_channels(backend: str, layout: str) -> None:
-    check(make_norm_case(SMALL, layout=LAYOUTS[layout], change=constant))
+def test_constant_channels(backend: str, memory_format: str) -> None:
+    check(make_norm_case(SMALL, memory_format=MEMORY_FORMATS[memory_format], change=constant))
 
 
 LARGE_MEAN = {"SMALL": SMALL, "one sample": Shape(1, 4, 16, 28, 28, 1)}
-LARGE_MEANS = [(shape, layout) for shape in LARGE_MEAN for layout in LAYOUTS]
+LARGE_MEANS = [(shape, memory_format) for shape in LARGE_MEAN for memory_format in MEMORY_FORMATS]
 
 
 @pytest.mark.parametrize(
-    ("backend", "shape", "layout"), by_backend(LARGE_MEANS, LARGE_MEANS[::3]), indirect=["backend"]
+    ("backend", "shape", "memory_format"),
+    by_backend(LARGE_MEANS, LARGE_MEANS[::3]),
+    indirect=["backend"],
 )
-def test_a_large_mean_and_a_small_variance(backend: str, shape: str, layout: str) -> None:
+def test_a_large_mean_and_a_small_variance(backend: str, shape: str, memory_format: str) -> None:
     """1e3 +- 1e-1. Squares of float32 would lose all of the variance."""
     case = make_norm_case(
-        LARGE_MEAN[shape], layout=LAYOUTS[layout], change=lambda bs: [1e3 + 0.1 * x for x in bs]
+        LARGE_MEAN[shape],
+        memory_format=MEMORY_FORMATS[memory_format],
+        change=lambda bs: [1e3 + 0.1 * x for x in bs],
     )
     check(flat_attention(case))
 
@@ -281,17 +299,20 @@ SPREADS = [
 # Triton's interpreter computes with NumPy, which warns of the NaNs that a card makes in silence.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("backend", "layout", "where", "poison"),
+    ("backend", "memory_format", "where", "poison"),
     by_backend(
-        [(layout, *spread) for layout in LAYOUTS for spread in SPREADS],
-        [(layout, *spread) for layout, spread in zip(2 * [*LAYOUTS], SPREADS[1::4], strict=True)],
+        [(memory_format, *spread) for memory_format in MEMORY_FORMATS for spread in SPREADS],
+        [
+            (memory_format, *spread)
+            for memory_format, spread in zip(2 * [*MEMORY_FORMATS], SPREADS[1::4], strict=True)
+        ],
     ),
     indirect=["backend"],
 )
 def test_nan_and_inf_spread_as_in_pytorch(
-    backend: str, layout: str, where: str, poison: float
+    backend: str, memory_format: str, where: str, poison: float
 ) -> None:
-    case = make_norm_case(SMALL, torch.float64, LAYOUTS[layout])
+    case = make_norm_case(SMALL, torch.float64, MEMORY_FORMATS[memory_format])
     poison_case(case, where, poison)
     results = evaluate_norm(ef.psa_tail_norm, case)
     for result, plain in zip(results, evaluate_norm(plain_norm_tail, case), strict=True):
@@ -299,9 +320,11 @@ def test_nan_and_inf_spread_as_in_pytorch(
 
 
 # An interpreter runs one program after the other: there it says nothing.
-@pytest.mark.parametrize(("backend", "layout"), by_backend(LAYOUTS, []), indirect=["backend"])
-def test_the_same_bits_in_five_runs(backend: str, layout: str) -> None:
-    case = make_norm_case(NORM_SHAPES["S3"], layout=LAYOUTS[layout])
+@pytest.mark.parametrize(
+    ("backend", "memory_format"), by_backend(MEMORY_FORMATS, []), indirect=["backend"]
+)
+def test_the_same_bits_in_five_runs(backend: str, memory_format: str) -> None:
+    case = make_norm_case(NORM_SHAPES["S3"], memory_format=MEMORY_FORMATS[memory_format])
     first, *others = (evaluate_norm(ef.psa_tail_norm, case) for _ in range(5))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

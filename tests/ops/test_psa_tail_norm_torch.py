@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from helpers.cases import LAYOUTS, Shape, assert_accurate, run_by
+from helpers.cases import MEMORY_FORMATS, Shape, assert_accurate, run_by
 from helpers.norm_cases import (
     FAST_BACKENDS,
     NormCase,
@@ -34,8 +34,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def inputs(kind: str) -> NormCase:
-    if kind in LAYOUTS:
-        return make_norm_case(SHAPE, layout=LAYOUTS[kind])
+    if kind in MEMORY_FORMATS:
+        return make_norm_case(SHAPE, memory_format=MEMORY_FORMATS[kind])
     if kind == "permuted":
         return make_norm_case(SHAPE, change=lambda bs: [x.mT.contiguous().mT for x in bs])
     return make_norm_case(SHAPE, change=lambda bs: list(torch.cat(bs, 1).chunk(3, 1)))
@@ -45,7 +45,7 @@ def matrices(case: NormCase) -> list[Tensor]:
     return [t.flatten(1) if t.dim() == 4 else t for t in case.fc]
 
 
-INPUTS = [*LAYOUTS, "sliced", "permuted"]
+INPUTS = [*MEMORY_FORMATS, "sliced", "permuted"]
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool, options: di
     """Forward, backward and the running statistics."""
     compiled = torch.compile(ef.psa_tail_norm, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in (SHAPE, SHAPE._replace(B=3, H=6)):
-        for layout in LAYOUTS.values():
-            case = make_norm_case(shape, layout=layout, **options)
+        for memory_format in MEMORY_FORMATS.values():
+            case = make_norm_case(shape, memory_format=memory_format, **options)
             assert_accurate(evaluate_norm(compiled, case), *expected_norm(case))
 
 

@@ -25,7 +25,7 @@ from epsanet_fused.testing.accuracy import evaluate
 from epsanet_fused.utils.memory_format import is_channels_last
 
 # How a branch or a gradient may lie in memory; all keep the values.
-LAYOUTS = {
+ARRANGEMENTS = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "slice of channels": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
@@ -47,21 +47,21 @@ shapes = st.builds(
     W=st.integers(1, 9),
     R=st.integers(1, 6),
 )
-layouts = st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=7, max_size=7)
+arrangements = st.lists(st.sampled_from(sorted(ARRANGEMENTS)), min_size=7, max_size=7)
 
 
-def lay_out(case: Case, names: list[str]) -> Case:
-    branches = [LAYOUTS[n](x) for x, n in zip(case.branches, names, strict=False)]
-    return case._replace(branches=branches, grad=LAYOUTS[names[-1]](case.grad))
+def arrange(case: Case, names: list[str]) -> Case:
+    branches = [ARRANGEMENTS[n](x) for x, n in zip(case.branches, names, strict=False)]
+    return case._replace(branches=branches, grad=ARRANGEMENTS[names[-1]](case.grad))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(shape=shapes, layouts=layouts, dtype=st.sampled_from(sorted(DTYPES)))
+@given(shape=shapes, arrangements=arrangements, dtype=st.sampled_from(sorted(DTYPES)))
 def test_any_input_gives_the_oracles_numbers(
-    backend: str, shape: Shape, layouts: list[str], dtype: str
+    backend: str, shape: Shape, arrangements: list[str], dtype: str
 ) -> None:
-    case = lay_out(make_case(shape, DTYPES[dtype]), layouts)
+    case = arrange(make_case(shape, DTYPES[dtype]), arrangements)
     with run_by(backend):
         results = evaluate(ef.psa_tail, *case)
     assert_accurate(results, *expected(case))
@@ -69,10 +69,10 @@ def test_any_input_gives_the_oracles_numbers(
 
 @pytest.mark.parametrize("backend", OPERATOR_BACKENDS)
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(shape=shapes.filter(lambda s: s.B), layouts=layouts)
-def test_fake_and_real_strides_agree(backend: str, shape: Shape, layouts: list[str]) -> None:
+@given(shape=shapes.filter(lambda s: s.B), arrangements=arrangements)
+def test_fake_and_real_strides_agree(backend: str, shape: Shape, arrangements: list[str]) -> None:
     """What a compiler plans with is what the kernels return, forward and backward."""
-    case = lay_out(make_case(shape), layouts)
+    case = arrange(make_case(shape), arrangements)
     with run_by(backend):
         real = evaluate(ef.psa_tail, *case)
     with FakeTensorMode() as mode, run_by(backend):
@@ -89,9 +89,9 @@ def significant_strides(x: Tensor) -> list[tuple[int, int]]:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(shape=shapes.filter(lambda s: s.B), name=st.sampled_from(sorted(LAYOUTS)))
+@given(shape=shapes.filter(lambda s: s.B), name=st.sampled_from(sorted(ARRANGEMENTS)))
 def test_channels_last_is_recognised_by_strides(shape: Shape, name: str) -> None:
-    x = LAYOUTS[name](torch.empty(shape.B, shape.C, shape.H, shape.W))
+    x = ARRANGEMENTS[name](torch.empty(shape.B, shape.C, shape.H, shape.W))
     if is_channels_last(x):
         assert x.stride(1) == 1
         assert not x.is_contiguous()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cases import (
     BACKENDS,
-    LAYOUTS,
+    MEMORY_FORMATS,
     OPERATOR_BACKENDS,
     Case,
     Shape,
@@ -39,15 +39,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def inputs(kind: str) -> Case:
-    if kind in LAYOUTS:
-        return make_case(SHAPE, layout=LAYOUTS[kind])
+    if kind in MEMORY_FORMATS:
+        return make_case(SHAPE, memory_format=MEMORY_FORMATS[kind])
     case = make_case(SHAPE)
     if kind == "permuted":
         return case._replace(branches=[x.mT.contiguous().mT for x in case.branches])
     return case._replace(branches=list(torch.cat(case.branches, 1).chunk(3, 1)))
 
 
-INPUTS = [*LAYOUTS, "sliced", "permuted"]
+INPUTS = [*MEMORY_FORMATS, "sliced", "permuted"]
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -110,8 +110,8 @@ def test_the_reference_backend_works_with_torch_func() -> None:
 def test_compiles_without_a_graph_break(backend: str, compiler: str, dynamic: bool) -> None:
     compiled = torch.compile(ef.psa_tail, fullgraph=True, dynamic=dynamic, backend=compiler)
     for shape in (SHAPE, SHAPE._replace(B=3, H=6)):
-        for layout in LAYOUTS.values():
-            case = make_case(shape, layout=layout)
+        for memory_format in MEMORY_FORMATS.values():
+            case = make_case(shape, memory_format=memory_format)
             assert_accurate(evaluate(compiled, *case), *expected(case))
 
 

@@ -27,7 +27,7 @@ def test_interleaving_gives_every_variant_the_same_share():
     assert timings["slow"] == timing.Timing(5.0, 5.0, 5.0, 5.0, 5.0, samples=7)
     assert not timings["slow"].ties(timings["fast"])
     few = timing.interleave(variants, clock, reps=1000, seconds=0)
-    assert few["fast"].samples == timing.FEWEST_SAMPLES, "the budget ends it, but not below that"
+    assert few["fast"].samples == timing.MIN_SAMPLES, "the budget ends it, but not below that"
 
 
 def test_medians_within_their_uncertainty_tie():

@@ -14,7 +14,7 @@ from triton import language as tl
 from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.backends.triton import common, config, gate, psa_tail
 from epsanet_fused.backends.triton.common import FCGradInputs, SETensors, Strides, TailTensors
-from epsanet_fused.utils.memory_format import accumulator_dtype, output_format
+from epsanet_fused.utils.memory_format import accumulator_dtype, output_memory_format
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # A product and a sum may be rounded once. This is explicit because Triton 3.10 changes the default.
@@ -63,7 +63,7 @@ def tail_args(
     _, C, H, W = branches[0].shape
     if H * W >= 2**31:
         raise ValueError(f"psa_tail: the triton backend takes H * W < 2**31, got {H} x {W}")
-    channels_last = output_format(branches) == torch.channels_last
+    channels_last = output_memory_format(branches) == torch.channels_last
     *branches, concat = (_merge_pixels(x) for x in (*branches, concat))
     strides = [_strides(x) for x in (*branches, concat, *grad_branches)]
     extent, outer = (C, 2) if channels_last else (H * W, 1)
@@ -242,7 +242,7 @@ def _merge_pixels(x: Tensor) -> Tensor:
     H, W = x.shape[2:]
     if H == 1 or W == 1 or x.stride(2) == W * x.stride(3):
         return x
-    return x.contiguous(memory_format=output_format([x]))
+    return x.contiguous(memory_format=output_memory_format([x]))
 
 
 def _strides(x: Tensor) -> Strides:

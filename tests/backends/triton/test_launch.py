@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.cases import LAYOUTS, Shape, assert_accurate, expected, make_case
+from helpers.cases import MEMORY_FORMATS, Shape, assert_accurate, expected, make_case
 from helpers.norm_cases import evaluate_norm, expected_norm, make_norm_case
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("tile", SUM_TILES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_tiling_gives_the_right_numbers(
     monkeypatch: pytest.MonkeyPatch, tile: str, layout: str, shape: str
@@ -35,13 +35,13 @@ def test_every_tiling_gives_the_right_numbers(
         monkeypatch.setitem(table, "interpreted", table["compiled"])
     monkeypatch.setattr(config, "FUSED_GATE_BYTES", 1 << 30 if tile == "fused_gate" else 0)
     monkeypatch.setattr(config, "SPLIT_PROGRAMS", 16)  # for two splits, of several tiles each
-    case = make_case(SHAPES[shape], layout=LAYOUTS[layout])
+    case = make_case(SHAPES[shape], memory_format=MEMORY_FORMATS[layout])
     with ef.use_backend("triton"):
         assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
 
 
 @pytest.mark.parametrize("tile", SUM_TILES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_every_tiling_gives_the_right_norm(
     monkeypatch: pytest.MonkeyPatch, tile: str, layout: str
 ) -> None:
@@ -52,7 +52,7 @@ def test_every_tiling_gives_the_right_norm(
     monkeypatch.setitem(config.STATISTICS, "interpreted", (2, 8))
     monkeypatch.setattr(config, "FUSED_GATE_BYTES", 1 << 30 if tile == "fused_gate" else 0)
     monkeypatch.setattr(config, "SPLIT_PROGRAMS", 8)
-    case = make_norm_case(Shape(3, 2, 5, 23, 30, 2), layout=LAYOUTS[layout])
+    case = make_norm_case(Shape(3, 2, 5, 23, 30, 2), memory_format=MEMORY_FORMATS[layout])
     with ef.use_backend("triton"):
         assert_accurate(evaluate_norm(ef.psa_tail_norm, case), *expected_norm(case))
 
