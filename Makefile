@@ -44,6 +44,8 @@ digits: $(BUILT)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache --no-logo
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/helpers/emulator/*.cpp' 'tests/helpers/emulator/*.h')
 
 # Runs with what the machine has: no network, no .venv. See benchmarks/gpu_check.py.
