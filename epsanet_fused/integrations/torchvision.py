@@ -98,12 +98,12 @@ def epsanet_fpn_backbone(
     network = EPSANet(num_classes=1, norm_layer=norm_layer, **ARCHITECTURES[arch])
     if weights is not None:
         _load_trunk(network, weights)
-    trainable = ("layer4", "layer3", "layer2", "layer1", "conv1", "bn1")
-    trainable = trainable[: 6 if trainable_layers == 5 else trainable_layers]
+    last_first = ("layer4", "layer3", "layer2", "layer1", "conv1", "bn1")
+    trainable = last_first[: 6 if trainable_layers == 5 else trainable_layers]
     for name, child in network.named_children():
         child.requires_grad_(name in trainable)
     stages = [_STAGES[layer - 1] for layer in returned_layers]
-    widths = [network.get_submodule(stage)[-1].conv3.out_channels for stage in stages]
+    widths = [getattr(network, stage)[-1].conv3.out_channels for stage in stages]
     names = {stage: str(level) for level, stage in enumerate(stages)}
     return BackboneWithFPN(network, names, widths, _FPN_CHANNELS, extra_blocks)
 

@@ -110,7 +110,7 @@ class EPSANet(epsanet.EPSANet):
         Raises:
             ValueError: if ``global_pool`` is unknown; the model is unchanged then.
         """
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        pool = self.global_pool.pool_type if global_pool is None else global_pool  # type: ignore
         if not isinstance(pool, str) or pool.removeprefix("fast") not in POOLS:
             raise ValueError(f"EPSANet: global_pool must be one of {POOLS}, got {pool!r}")
         head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
@@ -219,7 +219,7 @@ class EPSANet(epsanet.EPSANet):
         for name in STAGES[last:]:
             setattr(self, name, nn.Sequential())
         if last == 0:
-            self.maxpool = nn.Identity()
+            self.maxpool = nn.Identity()  # type: ignore[assignment]
         self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or last < 4:
             self.reset_classifier(0, "")
