@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,25 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
+
+
+# Interpreted and emulated kernels take about a second a case. Of the cases of each test that have
+# the word in their id, `make test` runs one in EVERY; `make test-slow` runs the others.
+SLOW_CASES = {"tests/ops": "[triton", "tests/backends/test_cuda_emulated.py": ""}
+EVERY = 6
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that `make test` leaves out as slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        file, _, name = item.nodeid.partition("::")
+        test = f"{file}::{name.partition('[')[0]}"
+        if any(file.startswith(path) and word in name for path, word in SLOW_CASES.items()):
+            if seen[test] % EVERY:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 # What the compiled library allocates is filled by the C library, with -1.7e38 in every float dtype.

@@ -73,7 +73,7 @@ class FusedPSAVariant(nn.Module):
             return psa_tail(branches if spec.is_reversed else branches[::-1], *ses[0])
         attention = _se_attention(branches, ses)[..., None, None]  # (B, S, C, 1, 1)
         if concat is not None and not spec.is_reversed:
-            separate = concat.unflatten(1, (len(branches), -1))  # type: ignore[no-untyped-call]
+            separate = concat.unflatten(1, (len(branches), -1))
             return (separate * attention).flatten(1, 2)
         scaled = [branch * attention[:, i] for i, branch in enumerate(branches)]
         return torch.cat(scaled[::-1] if spec.is_reversed else scaled, 1)

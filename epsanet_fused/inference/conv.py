@@ -89,7 +89,7 @@ class CachedWeights(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._clear_cache()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": None, "_sources": [], "_versions": None}
@@ -244,7 +244,7 @@ def _pack(call: ConvCall, x: Tensor) -> ConvCall:
 @functools.cache
 def select_runner(device_type: str, dtype: torch.dtype) -> Runner:
     """Return the library's fused function for this device and dtype, or ``run_plain``."""
-    if device_type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if device_type == "cpu" and torch.backends.mkldnn.is_available():
         supported: dict[torch.dtype, Callable[[], bool]] = {
             torch.float32: lambda: True,
             torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,

@@ -62,7 +62,7 @@ class GraphedModel(nn.Module):
         return capture.output.clone()  # the next replay overwrites it
 
     def _capture_graph(self, args: tuple[Tensor, ...], versions: list[int]) -> _Capture:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         # A tensor that is made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             inputs = [t.clone() for t in args]
@@ -98,7 +98,7 @@ class GraphedModel(nn.Module):
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._clear_capture()
         return self
 

@@ -37,14 +37,22 @@ def with_capability(capability: str, *command: str) -> subprocess.CompletedProce
     )
 
 
+# The tests by their ids: those of two shapes, and all but this one.
+@pytest.mark.parametrize(
+    "which_tests",
+    [
+        pytest.param("cpu and (S4 or 5x9) and not every", id="sample"),
+        pytest.param("cpu and not every", id="all", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_instruction_set_gives_the_right_numbers(capability: str) -> None:
+def test_every_instruction_set_gives_the_right_numbers(capability: str, which_tests: str) -> None:
     """Run the operators' tests on the backend "cpu", in a process with this instruction set."""
     which = "from epsanet_fused.backends.compiled import library; print(library().cpu_capability)"
     if with_capability(capability, "-c", which).stdout.strip() != capability:
         pytest.skip(f"this CPU has no {capability}")
     files = ("ops/test_psa_tail.py", "ops/test_psa_tail_norm.py", "backends/test_cpu_kernels.py")
-    tests = (*(f"tests/{file}" for file in files), "-k", "cpu and not every")
+    tests = (*(f"tests/{file}" for file in files), "-k", which_tests)
     done = with_capability(
         capability, "-m", "pytest", "-q", *tests, "-p", "no:cacheprovider", "-p", "no:xdist"
     )

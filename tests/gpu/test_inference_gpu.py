@@ -89,8 +89,8 @@ def test_a_graph_follows_its_parameters_and_keeps_results_apart():
         state = {k: v * 0.5 if v.is_floating_point() else v for k, v in made.state_dict().items()}
         made.load_state_dict(state)
         torch.testing.assert_close(made(x), made.model(x), rtol=1e-4, atol=1e-4)
-        for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-            torch.testing.assert_close(twin(x), made(x), rtol=1e-4, atol=1e-4)
+        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            torch.testing.assert_close(copied(x), made(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_graph_captured_in_inference_mode_serves_outside_of_it():

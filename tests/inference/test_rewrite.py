@@ -31,7 +31,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORKS = [ef.epsanet50, ef.epsanet101, ef.epsanet50_large, ef.epsanet101_large]
 
 
-@pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(build, id=build.__name__, marks=[pytest.mark.slow] * (build != ef.epsanet50))
+        for build in NETWORKS
+    ],
+)
 def test_each_rewrite_alone_and_all_together(build):
     x = torch.randn(1, 3, 225, 193)
     model = calibrate(build(num_classes=10, fused=False), torch.randn(2, 3, 225, 193))
@@ -230,6 +236,7 @@ def test_a_block_overwrites_only_inputs_that_nothing_else_holds():
     assert torch.equal(features, kept_features)
 
 
+@pytest.mark.slow
 def test_a_frozen_copy_compiles_without_graph_breaks():
     from torch._inductor import config as inductor
 

@@ -12,7 +12,10 @@ from helpers.networks import CASES, exported, other_inputs
 import epsanet_fused as ef
 
 OPERATOR = torch.ops.epsanet_fused.psa_tail.default
-each_case = pytest.mark.parametrize("case", CASES)
+each_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case == "channels_last")) for case in CASES],
+)
 
 
 def operators(program: torch.export.ExportedProgram) -> list[object]:

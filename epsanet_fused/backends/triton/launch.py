@@ -90,7 +90,7 @@ def sum_and_gate(args: TailArgs, squeeze: Tensor, attention: Tensor, fc: SEWeigh
 
 
 def empty_se_grads(squeeze: Tensor, attention: Tensor, fc: SEWeights, fc_grads: bool) -> SETensors:
-    """Return the gate's tensors with room for the results of its backward."""
+    """Return the gate's tensors, with uninitialized ones for the results of its backward."""
     fc_grad_inputs = None
     if fc_grads:
         hidden = squeeze.new_empty((*squeeze.shape[:2], fc.fc1_weight.shape[0]))  # (B, S, R)

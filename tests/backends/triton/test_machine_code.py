@@ -53,13 +53,11 @@ SUM_KERNELS = {
     "m2_gate_kernel",
     "gradient_sum_kernel",
 }
-# A target takes a minute, so the others are marked slow. The groups are for xdist's workers.
-QUICK = ("cuda:90", "hip:gfx942")
+# The kernels that only the second case of psa_tail_norm has.
+NOT_SAMPLED = {"m2_kernel", "norm_gate_kernel", "normalize_kernel"}
+# A target takes some minutes. The groups are for xdist's workers.
 TARGET_PARAMS = [
-    pytest.param(
-        target,
-        marks=[pytest.mark.xdist_group(target)] + [pytest.mark.slow] * (target not in QUICK),
-    )
+    pytest.param(target, marks=[pytest.mark.xdist_group(target), pytest.mark.slow])
     for target in TARGETS
 ]
 # The widest access of the sum kernels, in bits: rows of 196 and 49 pixels are less aligned.
@@ -67,13 +65,13 @@ NCHW_SUM_WIDTH = {"S1": 128, "S2": 128, "S3": 64, "S4": 16}
 
 
 @functools.cache
-def compile_for(target: str) -> list[dict[str, Any]]:
+def compile_for(target: str, *options: str) -> list[dict[str, Any]]:
     """Return the lines that compile_kernels.py prints for a target."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, str(script), target],
+            [sys.executable, str(script), target, *options],
             capture_output=True,
             text=True,
             env=env | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(BENCHMARKS)},
@@ -92,23 +90,39 @@ def test_all_kernels_compile_at_all_stages(target: str) -> None:
     assert {k["memory_format"] for k in compiled} == {"nchw", "channels_last"}
 
 
+def check_resources(kernel: dict[str, Any], target: str) -> None:
+    assert kernel["stack"] <= 16, kernel
+    assert kernel["shared"] <= TARGETS[target], kernel
+
+
+def check_access(kernel: dict[str, Any]) -> None:
+    name, nchw = kernel["kernel"], kernel["memory_format"] == "nchw"
+    if name in SUM_KERNELS:
+        # 49 floats leave a row 4 bytes aligned, 196 floats 16 bytes.
+        itemsize = 4 if kernel["dtype"] == "fp32" else 2
+        width = NCHW_SUM_WIDTH[kernel["stage"]] * itemsize // 2 if nchw else 128
+        assert kernel["loads"].get(str(min(width, 128)), 0) >= 4, kernel
+    elif name.startswith(("recalibrate", "normalize")):
+        assert kernel["loads"].get("128", 0) >= 4, kernel
+        assert set(kernel["stores"]) == {"128"}, kernel
+
+
+def test_a_sample_needs_few_resources_and_accesses_128_bits() -> None:
+    compiled = compile_for("cuda:90", "--sample")
+    assert {k["kernel"] for k in compiled} == KERNELS - NOT_SAMPLED
+    for kernel in compiled:
+        check_resources(kernel, "cuda:90")
+        check_access(kernel)
+
+
 @pytest.mark.parametrize("target", TARGET_PARAMS)
 def test_nothing_spills_and_shared_memory_fits(target: str) -> None:
     for kernel in compile_for(target):
-        assert kernel["stack"] <= 16, kernel
-        assert kernel["shared"] <= TARGETS[target], kernel
+        check_resources(kernel, target)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGET_PARAMS if t.values[0].startswith("cuda")])
 def test_streams_are_accessed_128_bits_at_a_time(target: str) -> None:
     """In each kernel that streams, S loads (and S stores) are as wide as the alignment allows."""
     for kernel in compile_for(target):
-        name, nchw = kernel["kernel"], kernel["memory_format"] == "nchw"
-        if name in SUM_KERNELS:
-            # 49 floats leave a row 4 bytes aligned, 196 floats 16 bytes.
-            itemsize = 4 if kernel["dtype"] == "fp32" else 2
-            width = NCHW_SUM_WIDTH[kernel["stage"]] * itemsize // 2 if nchw else 128
-            assert kernel["loads"].get(str(min(width, 128)), 0) >= 4, kernel
-        elif name.startswith(("recalibrate", "normalize")):
-            assert kernel["loads"].get("128", 0) >= 4, kernel
-            assert set(kernel["stores"]) == {"128"}, kernel
+        check_access(kernel)
