@@ -34,7 +34,7 @@ def unavailable_reason(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        from epsanet_fused.backends.triton import common, launch, launch_norm  # noqa: F401
+        from epsanet_fused.backends.triton import common
     except Exception as error:  # a triton that doesn't match torch or Python fails in many ways
         return f"triton fails to import: {type(error).__name__}: {error}"
     if device_type == "cuda" and not torch.cuda.is_available():
@@ -142,7 +142,7 @@ def norm_backward(
     grad_gamma, grad_beta = (None if p is None else next(written, None) for p in params)
     terms = None
     if branch_grads or fc_grads:
-        terms = common.NormGradTerms(*stats.squeeze.new_empty((5, *stats.squeeze.shape)))
+        terms = common.NormGradTerms(*stats.squeeze.new_empty((5, *stats.squeeze.shape)).unbind())
     with _on_device_of(grad):
         args = launch.tail_args(branches, grad, grad_branches)
         sums = launch_norm.gradient_sums(args, stats, norm)

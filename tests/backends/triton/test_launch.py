@@ -25,34 +25,34 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("tile", SUM_TILES)
-@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_tiling_gives_the_right_numbers(
-    monkeypatch: pytest.MonkeyPatch, tile: str, layout: str, shape: str
+    monkeypatch: pytest.MonkeyPatch, tile: str, memory_format: str, shape: str
 ) -> None:
     monkeypatch.setitem(config.SUM, "interpreted", config.SUM[tile])
     for table in (config.RECALIBRATE, config.FC_GRAD):
         monkeypatch.setitem(table, "interpreted", table["compiled"])
     monkeypatch.setattr(config, "FUSED_GATE_BYTES", 1 << 30 if tile == "fused_gate" else 0)
     monkeypatch.setattr(config, "SPLIT_PROGRAMS", 16)  # for two splits, of several tiles each
-    case = make_case(SHAPES[shape], memory_format=MEMORY_FORMATS[layout])
+    case = make_case(SHAPES[shape], memory_format=MEMORY_FORMATS[memory_format])
     with ef.use_backend("triton"):
         assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
 
 
 @pytest.mark.parametrize("tile", SUM_TILES)
-@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_every_tiling_gives_the_right_norm(
-    monkeypatch: pytest.MonkeyPatch, tile: str, layout: str
+    monkeypatch: pytest.MonkeyPatch, tile: str, memory_format: str
 ) -> None:
     """There are several tiles in each of several splits, and several steps over the batch."""
     monkeypatch.setitem(config.SUM, "interpreted", config.SUM[tile])
-    monkeypatch.setitem(config.NORMALIZE, "interpreted", config.NORMALIZE[layout])
+    monkeypatch.setitem(config.NORMALIZE, "interpreted", config.NORMALIZE[memory_format])
     monkeypatch.setitem(config.FC_GRAD, "interpreted", config.FC_GRAD["compiled"])
     monkeypatch.setitem(config.STATISTICS, "interpreted", (2, 8))
     monkeypatch.setattr(config, "FUSED_GATE_BYTES", 1 << 30 if tile == "fused_gate" else 0)
     monkeypatch.setattr(config, "SPLIT_PROGRAMS", 8)
-    case = make_norm_case(Shape(3, 2, 5, 23, 30, 2), memory_format=MEMORY_FORMATS[layout])
+    case = make_norm_case(Shape(3, 2, 5, 23, 30, 2), memory_format=MEMORY_FORMATS[memory_format])
     with ef.use_backend("triton"):
         assert_accurate(evaluate_norm(ef.psa_tail_norm, case), *expected_norm(case))
 
