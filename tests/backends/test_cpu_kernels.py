@@ -21,7 +21,7 @@ CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "EPSANET_FUSED_CPU_CAPABILITY"
 
 
-def test_the_library_is_there() -> None:
+def test_the_library_loads() -> None:
     assert library().problem is None
 
 
@@ -51,7 +51,12 @@ def test_every_instruction_set_gives_the_right_numbers(capability: str, which_te
     which = "from epsanet_fused.backends.compiled import library; print(library().cpu_capability)"
     if with_capability(capability, "-c", which).stdout.strip() != capability:
         pytest.skip(f"this CPU has no {capability}")
-    files = ("ops/test_psa_tail.py", "ops/test_psa_tail_norm.py", "backends/test_cpu_kernels.py")
+    files = (
+        "ops/test_psa_tail.py",
+        "ops/test_psa_tail_norm.py",
+        "ops/test_psa_tail_norm_errors.py",
+        "backends/test_cpu_kernels.py",
+    )
     tests = (*(f"tests/{file}" for file in files), "-k", which_tests)
     done = with_capability(
         capability, "-m", "pytest", "-q", *tests, "-p", "no:cacheprovider", "-p", "no:xdist"

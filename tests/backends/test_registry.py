@@ -1,4 +1,4 @@
-"""Choosing a backend, and telling what can't run and why; in fresh processes where it counts."""
+"""The registry chooses a backend and says which backends can't run and why."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ def python(code: str, cwd: Path | None = None, **env: str) -> subprocess.Complet
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, cwd=cwd, env=clean | env, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=clean | env,
+        check=False,
+    )
 
 
 RUN = (
@@ -52,7 +56,7 @@ def test_runs_where_no_device_is_visible(tmp_path: Path) -> None:
 
 
 def test_importing_needs_no_optional_package() -> None:
-    """Nothing but torch is imported: not triton, not what benchmarks and recipes use."""
+    """The import needs torch alone: neither triton nor the packages of benchmarks and recipes."""
     code = (
         "import sys, torch; before = set(sys.modules); import epsanet_fused; "
         "print({m.split('.')[0] for m in set(sys.modules) - before})"
@@ -61,7 +65,7 @@ def test_importing_needs_no_optional_package() -> None:
     assert done.stdout.strip() == "{'epsanet_fused'}", done.stdout + done.stderr
 
 
-def test_environment_variable_chooses() -> None:
+def test_environment_variable_sets_the_backend() -> None:
     code = (
         "import torch, epsanet_fused as ef; xs = [torch.randn(1, 4, 2, 2)] * 2; "
         "ef.psa_tail(xs, torch.ones(1, 4), torch.ones(1), torch.ones(4, 1), torch.ones(4))"
@@ -111,8 +115,8 @@ def test_threads_get_their_own_right_answers() -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_a_missing_backend_is_said_aloud_once() -> None:
-    """On a card without triton, "auto" falls back to a slower backend with one warning."""
+def test_a_fallback_warns_once() -> None:
+    """On a GPU without triton, "auto" falls back to a slower backend with one warning."""
     code = HIDE_TRITON + (
         "import warnings; from epsanet_fused.backends.registry import resolve\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
@@ -128,7 +132,7 @@ def test_a_missing_backend_is_said_aloud_once() -> None:
 
 
 def test_report_of_this_machine() -> None:
-    """python -m epsanet_fused: versions, devices, backends with reasons, and a self-check."""
+    """``python -m epsanet_fused`` prints versions, devices, backends and a self-check."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", "-m", "epsanet_fused"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
@@ -139,7 +143,7 @@ def test_report_of_this_machine() -> None:
     assert "cannot run: " in done.stdout or torch.cuda.is_available()
 
 
-def test_self_check_fails_where_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_check_fails_for_a_backend_with_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     from epsanet_fused.testing.self_check import self_check
 
     right = {"auto": True, "reference": True, "cpu": True, "triton": True}
@@ -155,8 +159,8 @@ def test_self_check_fails_where_a_backend_is_wrong(monkeypatch: pytest.MonkeyPat
     assert {c.backend: c.passed for c in self_check(["cpu"])} == right | {"triton": False}
 
 
-def test_the_table_for_cuda_tensors() -> None:
-    """The first row that covers a problem decides; without one it is the usual order."""
+def test_the_first_rule_that_covers_a_problem_decides() -> None:
+    """Without such a rule "auto" takes the preferred order."""
     any_size = (0, 2**62)
     table = (
         TailRule(90, False, torch.float16, (0, 200_000), (128, 2**31), "cuda"),
@@ -172,16 +176,16 @@ def test_the_table_for_cuda_tensors() -> None:
     ):
         assert look_up(other, table) is None
         assert look_up(other._replace(channels_last=True), table) == "reference"
-    # "cuda:one_pass" would raise an error where one pass can't run.
-    assert all(row.backend in (*ef.list_backends(), "cuda:two_pass") for row in CUDA_TABLE)
+    # Not "cuda:one_pass": it raises an error where one pass can't run.
+    assert all(rule.backend in (*ef.list_backends(), "cuda:two_pass") for rule in CUDA_TABLE)
 
 
-def test_a_measured_row_decides_what_auto_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_backend_of_a_rule_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     branches = [torch.empty(2, 4, 3, 3)] * 2
     problem = TailProblem(90, False, torch.float32, 288, 2)
     monkeypatch.setattr(defaults, "describe", lambda _: problem)
-    row = TailRule(90, None, None, (0, 300), (1, 8), "cuda")
-    monkeypatch.setattr(defaults, "CUDA_TABLE", (row,))
+    rule = TailRule(90, None, None, (0, 300), (1, 8), "cuda")
+    monkeypatch.setattr(defaults, "CUDA_TABLE", (rule,))
     monkeypatch.setitem(defaults.PREFERRED, "cuda", ("reference",))
     cuda = get_backend("cuda")
     monkeypatch.setattr(cuda, "unavailable_reason", lambda _: None)

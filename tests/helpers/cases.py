@@ -1,4 +1,4 @@
-"""The inputs that the operator's tests share, on a CPU and on a card."""
+"""Inputs of psa_tail that its tests share, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import epsanet_fused as ef
 from epsanet_fused.backends import defaults
 from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
 
-# The ways to run the operator on a CPU. "reference" is PyTorch alone; "fallback" is what "auto"
-# does without the compiled library, the operator over plain PyTorch.
+# The ways to run psa_tail on a CPU. "reference" is plain PyTorch without the operator; "fallback"
+# is the operator over plain PyTorch, as "auto" runs it without the compiled library.
 BACKENDS = ["reference", "fallback", "cpu", "triton"]
 OPERATOR_BACKENDS = ["fallback", "cpu", "triton"]
 
 
 @contextmanager
 def run_by(name: str) -> Iterator[None]:
-    """use_backend, which also knows "fallback"."""
+    """Run by a backend as use_backend does, or by "fallback"."""
     if name != "fallback":
         with ef.use_backend(name):
             yield
@@ -76,7 +76,7 @@ def make_case(
     device: str = "cpu",
     fc_dtype: torch.dtype | None = None,
 ) -> Case:
-    """Random branches, fc weights and gradient; some hidden units are alive and some are dead."""
+    """Make random branches, fc weights and gradient; some hidden units are alive and some dead."""
     B, S, C, H, W, R = shape
     g = torch.Generator().manual_seed(hash(shape) % 2**31)
 
@@ -105,13 +105,13 @@ def accuracy_cases() -> list[tuple[str, str, str]]:
 def named_case(
     shape: str, dtype: str, memory_format: str
 ) -> tuple[Case, list[Tensor], list[Tensor]]:
-    """A case with the oracle's results and plain PyTorch's, made once for all backends."""
+    """Return a case with the oracle's and plain PyTorch's results, made once for all backends."""
     case = make_case(SHAPES[shape], DTYPES[dtype], MEMORY_FORMATS[memory_format])
     return case, *expected(case)
 
 
 def expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    """The output and all gradients, by the float64 oracle and by plain PyTorch in one dtype."""
+    """Return output and gradients by the float64 oracle, and by plain PyTorch in one dtype."""
     dtype = case.branches[0].dtype
     return (
         evaluate(plain_tail, *case, dtype=torch.float64),
@@ -122,9 +122,9 @@ def expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:
 def assert_accurate(
     results: Sequence[Tensor], oracle: Sequence[Tensor], plain: Sequence[Tensor]
 ) -> None:
-    """Output, branch gradients and fc gradients, each at most twice as far off as plain PyTorch."""
+    """Assert that each result's error is at most twice plain PyTorch's, plus a small floor."""
     assert len(results) == len(oracle)
-    # The fc gradients are sums over the branches' that largely cancel.
+    # The fc gradients are sums of large terms that cancel: the floor follows the largest result.
     size = max((t.abs().max().item() for t in oracle if t.numel()), default=1.0)
     for i, (result, exact, same) in enumerate(zip(results, oracle, plain, strict=True)):
         assert result.shape == exact.shape
@@ -134,7 +134,7 @@ def assert_accurate(
 
 
 SMALL = Shape(2, 4, 24, 5, 6, 3)
-# Views of an output's gradient, and of the branches, with other strides.
+# Functions that return the output's gradient, and further down the branches, with other strides.
 GRADIENTS = {
     "transposed": lambda g: g.mT.contiguous().mT,
     "channels_last": lambda g: g.contiguous(memory_format=torch.channels_last),
@@ -146,12 +146,12 @@ GRADIENTS = {
 
 
 def slices(branches: list[Tensor], memory_format: torch.memory_format) -> list[Tensor]:
-    whole = torch.cat(branches, 1).contiguous(memory_format=memory_format)
-    return list(whole.chunk(len(branches), 1))
+    concat = torch.cat(branches, 1).contiguous(memory_format=memory_format)
+    return list(concat.chunk(len(branches), 1))
 
 
 def shifted(x: Tensor) -> Tensor:
-    """x at an address that no wide access can start from."""
+    """Return x at an address that isn't aligned for wide accesses."""
     return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -161,15 +161,28 @@ BRANCHES = {
     "mixed formats": lambda bs: [
         x.contiguous(memory_format=torch.channels_last) if s % 2 else x for s, x in enumerate(bs)
     ],
-    "one channels_last": lambda bs: [
-        bs[0].contiguous(memory_format=torch.channels_last), *bs[1:]
-    ],
+    "one channels_last": lambda bs: [bs[0].contiguous(memory_format=torch.channels_last), *bs[1:]],
     "transposed": lambda bs: [x.mT.contiguous().mT for x in bs],
     "rows of a larger image": lambda bs: [torch.cat([x, x], 2)[:, :, : x.shape[2]] for x in bs],
     "columns of a larger image": lambda bs: [torch.cat([x, x], 3)[..., : x.shape[3]] for x in bs],
-    "batch innermost": lambda bs: [x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-                                   for x in bs],
+    "batch innermost": lambda bs: [
+        x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) for x in bs
+    ],
     "one sample for all": lambda bs: [x[:1].expand(x.shape) for x in bs],
     "misaligned": lambda bs: [shifted(x) for x in bs],
     "one tensor for all": lambda bs: [bs[0]] * len(bs),
-}  # fmt: skip
+}
+
+# Functions that return one branch or gradient with other strides.
+ARRANGEMENTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "slice of channels": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
+    "slice of channels_last": lambda x: torch.cat([x, x], 1).contiguous(
+        memory_format=torch.channels_last
+    )[:, : x.shape[1]],
+    "crop": lambda x: torch.nn.functional.pad(x, (1, 2, 2, 1))[..., 2:-1, 1:-2],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "reversed dimensions": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "strided": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+}

@@ -1,4 +1,4 @@
-"""Inputs for psa_tail_norm, on which every precision agrees about what its ReLU lets pass."""
+"""Inputs of psa_tail_norm whose ReLU lets the same values pass in every precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from epsanet_fused.utils.memory_format import accumulator_dtype
 # The operator over plain PyTorch, and the backends that have kernels for it.
 FAST_BACKENDS = ["fallback", "cpu"]
 NORM_BACKENDS = [*FAST_BACKENDS, "triton"]
-# With two values per channel a norm gives 1 and -1 whatever they are: all gradients would cancel.
+# Two values per channel are normalized to 1 and -1 whatever they are: all gradients would cancel.
 NORM_SHAPES = SHAPES | {"1x1": SHAPES["1x1"]._replace(B=5)}
 MARGIN = 0.02
 
@@ -37,7 +37,7 @@ def plain_norm_tail(branches: Sequence[Tensor], *fc_and_norm: Any) -> Tensor:
 
 
 def by_backend(cases: Sequence[Any], few: Sequence[Any]) -> list[Any]:
-    """Each with a backend's name before it: all cases, but few where an interpreter runs them."""
+    """Put a backend's name before each case: of the slow interpreter only before the few ones."""
     return [
         (name, *(case if isinstance(case, tuple) else (case,)))
         for name in NORM_BACKENDS
@@ -48,14 +48,18 @@ def by_backend(cases: Sequence[Any], few: Sequence[Any]) -> list[Any]:
 def poison_case(case: NormCase, where: str, value: float) -> None:
     """Write a NaN or an infinity into one of the case's tensors."""
     target = {
-        "branch": case.branches[1], "fc1_weight": case.fc[0], "fc2_bias": case.fc[3],
-        "gamma": case.affine[0], "beta": case.affine[1], "grad": case.grad,
-    }[where]  # fmt: skip
+        "branch": case.branches[1],
+        "fc1_weight": case.fc[0],
+        "fc2_bias": case.fc[3],
+        "gamma": case.affine[0],
+        "beta": case.affine[1],
+        "grad": case.grad,
+    }[where]
     target[(7,) if target.dim() == 1 else (0, 1, *([0] * (target.dim() - 2)))] = value
 
 
 def with_gap(x: Tensor) -> Tensor:
-    """x with nothing between -0.5 and 0.5: there the thresholds are."""
+    """Move x away from zero, so that nothing lies between -0.5 and 0.5."""
     return x + 0.5 * torch.where(x < 0, -1.0, 1.0)
 
 
@@ -68,7 +72,7 @@ def make_norm_case(
     device: str = "cpu",
     **options: Any,
 ) -> NormCase:
-    """``make_case`` with a norm; ``change`` may make other branches of the values."""
+    """Make a case as ``make_case`` does, with a norm; ``change`` may replace the branches."""
     branches, fc, grad = make_case(shape, torch.float32, memory_format, device)
     branches = change([with_gap(x / (1 + s)) for s, x in enumerate(branches)])
     branches = [x.to(dtype) for x in branches]
@@ -82,7 +86,7 @@ def make_norm_case(
 
 
 def thresholds(case: NormCase, gamma: Tensor) -> Tensor:
-    """The beta that puts each channel's zero into the widest gap between its middle values."""
+    """Return the beta with which zero lies in the widest gap of each channel's middle values."""
     p = plain_tail([x.double() for x in case.branches], *(t.double() for t in case.fc))
     rows = F.batch_norm(p, None, None, gamma.double(), training=True).transpose(0, 1).flatten(1)
     n = rows.shape[1]
@@ -93,12 +97,12 @@ def thresholds(case: NormCase, gamma: Tensor) -> Tensor:
         return (1 - ordered[:, 0]).float()
     width, at = ordered.diff().max(1)
     middle = ordered.gather(1, at[:, None])[:, 0] + width / 2
-    # Where all values are one, none is on the other side.
+    # Where all values are equal there is no gap: all are on the positive side.
     return torch.where(width > 2 * MARGIN, -middle, 1 - ordered[:, 0]).float()
 
 
 def evaluate_norm(tail: NormTail, case: NormCase, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The output, the gradients of branches, fc, gamma and beta, then the running statistics."""
+    """Return the output, the gradients (branches, fc, gamma, beta) and the running statistics."""
     acc = accumulator_dtype(dtype or case.branches[0].dtype)
     norm = nn.BatchNorm2d(case.grad.shape[1], **case.options).to(case.grad.device, acc)
 
@@ -113,7 +117,10 @@ def evaluate_norm(tail: NormTail, case: NormCase, dtype: torch.dtype | None = No
 
 
 def expected_norm(case: NormCase) -> tuple[list[Tensor], list[Tensor]]:
-    """By the float64 oracle and by plain PyTorch in the branches' dtype, its norm as ours."""
+    """Return the results of the float64 oracle and of plain PyTorch in the branches' dtype.
+
+    Plain PyTorch's norm has the accumulator's dtype, as psa_tail_norm's.
+    """
     dtype = case.branches[0].dtype
     oracle = evaluate_norm(plain_norm_tail, case, torch.float64)
     check_margin(case)
@@ -122,7 +129,7 @@ def expected_norm(case: NormCase) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def check_margin(case: NormCase) -> None:
-    """That the case is what it was made to be: no value at which a rounding decides."""
+    """Assert that no input of the ReLU is so close to zero that rounding decides its sign."""
     norm = nn.BatchNorm2d(case.grad.shape[1], **case.options).to(case.grad.device, torch.float64)
     if case.affine:
         del norm.weight, norm.bias

@@ -1,4 +1,4 @@
-"""psa_tail gives the reference's numbers: outputs and all gradients, by every backend."""
+"""psa_tail gives the oracle's output and gradients, by every backend."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(case: Case) -> list[Tensor]:
 
 
 def test_gradient_of_sum(backend: str) -> None:
-    """An expanded gradient: every stride is 0."""
+    """The gradient of a sum is expanded: every stride is 0."""
     case = make_case(SMALL)
     check(case._replace(grad=torch.ones(()).expand(case.grad.shape)))
 
@@ -75,7 +75,7 @@ def test_any_strides(
     oracle = evaluate(plain_tail, case.branches, case.fc, dtype=torch.float64)
     plain = evaluate(plain_tail, case.branches, case.fc)
     assert_accurate([ef.psa_tail(case.branches, *case.fc)], oracle, plain)
-    # Gradients are asked of dense leaves whose views these are.
+    # The gradients are those of dense leaves, of which the branches are views.
     dense = make_case(SHAPES.get(shape, SMALL))
 
     def tail(branches: list[Tensor], *fc: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_any_strides(
         return plain_tail(view([b.clone() for b in branches]), *fc)
 
     if view is BRANCHES["misaligned"]:
-        return  # its cat is in float32
+        return  # it is made by a concatenation in float32
     results = evaluate_used(tail, dense)
     assert_accurate(
         results, evaluate_used(plain_view, dense, torch.float64), evaluate_used(plain_view, dense)
@@ -95,7 +95,7 @@ def test_any_strides(
 def evaluate_used(
     tail: Callable[..., Tensor], case: Case, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """evaluate, with zeros for branches that the view left out."""
+    """Do as ``evaluate``, with gradients of zero for branches that the view doesn't use."""
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (*case.branches, *case.fc)]
     out = tail(leaves[: len(case.branches)], *leaves[len(case.branches) :])
     grads = torch.autograd.grad(
@@ -135,7 +135,7 @@ def test_weights_of_another_dtype(backend: str, dtype: torch.dtype, fc_dtype: to
     assert {t.dtype for t in results[:5]} == {dtype}
     assert {t.dtype for t in results[5:]} == {fc_dtype}
     oracle, plain = expected(case)
-    # Plain PyTorch needs one dtype; what it leaves for fc is rounded to fc's own.
+    # Plain PyTorch runs in one dtype: round its fc gradients to the dtype of fc.
     plain[5:] = [g.to(fc_dtype) for g in plain[5:]]
     assert_accurate(results, oracle, plain)
 
@@ -160,7 +160,7 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("needed", FROZEN.values(), ids=FROZEN)
-def test_what_is_frozen_gets_no_gradient(backend: str, needed: list[bool]) -> None:
+def test_frozen_tensors_get_no_gradient(backend: str, needed: list[bool]) -> None:
     case = make_case(SMALL)
     leaves = [
         t.clone().requires_grad_(n) for t, n in zip(case.branches + case.fc, needed, strict=True)
@@ -176,7 +176,7 @@ def test_what_is_frozen_gets_no_gradient(backend: str, needed: list[bool]) -> No
     )
 
 
-# Triton's interpreter computes with NumPy, which warns of the NaNs that a card makes in silence.
+# Triton's interpreter computes with NumPy, which warns of NaNs; a GPU doesn't.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["branch", "fc1_weight", "fc2_bias"])
@@ -235,7 +235,7 @@ def test_the_same_bits_in_five_runs(backend: str, memory_format: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_inputs_are_left_as_they_were(backend: str) -> None:
+def test_inputs_are_not_changed(backend: str) -> None:
     case = make_case(SMALL)
     before = [t.clone() for t in (*case.branches, *case.fc, case.grad)]
     evaluate(ef.psa_tail, *case)
@@ -244,7 +244,7 @@ def test_inputs_are_left_as_they_were(backend: str) -> None:
 
 
 def test_the_last_branch_comes_first(backend: str) -> None:
-    """Equal attention (fc2 = 0) leaves each branch a third of itself, in reverse order."""
+    """With equal attention (fc2 = 0) the output holds a third of each branch, in reverse order."""
     branches = [torch.full((1, 2, 1, 1), float(s)) for s in range(3)]
     fc = [torch.ones(1, 2), torch.zeros(1), torch.zeros(2, 1), torch.zeros(2)]
     out = ef.psa_tail(branches, *fc).flatten()

@@ -1,4 +1,4 @@
-"""Bad input gets a TypeError or ValueError that names the argument, and nothing is changed."""
+"""psa_tail raises errors that name the argument, and changes none of its inputs."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_epilogue_refuses_gradients(
             ef.psa_tail(**given)
 
 
-def test_a_second_derivative_is_refused_with_the_way_to_get_one() -> None:
+def test_error_for_a_second_derivative_says_how_to_get_one() -> None:
     case = make_case(GOOD)
     branches = [x.requires_grad_() for x in case.branches]
     out = ef.psa_tail(branches, *case.fc)
@@ -197,8 +197,8 @@ def test_a_second_derivative_is_refused_with_the_way_to_get_one() -> None:
 
 
 @pytest.mark.parametrize("which", ["a branch", "a weight"])
-def test_forward_mode_is_refused_with_the_way_to_get_it(which: str) -> None:
-    """A tangent must not get lost in silence."""
+def test_error_for_forward_mode_says_how_to_get_it(which: str) -> None:
+    """A tangent must not be dropped silently."""
     case = make_case(GOOD)
     target = case.branches[1] if which == "a branch" else case.fc[2]
 

@@ -1,4 +1,4 @@
-"""psa_tail_norm keeps its promises to the rest of PyTorch: compilers, checkpointing, autograd."""
+"""psa_tail_norm works with the rest of PyTorch: opcheck, autograd, compilers, checkpointing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPS = torch.ops.epsanet_fused
 
 @pytest.fixture(params=FAST_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name that the operator is called with."""
+    """Return the backend's name with which the operator is called."""
     with run_by(request.param):
         yield current_backend()
     torch.compiler.reset()
@@ -65,9 +65,14 @@ def test_opcheck_forward(backend: str, kind: str, affine: bool) -> None:
 ASKED = [
     (kind, asked)
     for kind in INPUTS
-    for asked in [(True, True, True), (True, False, False), (False, True, False),
-                  (False, False, True), (False, False, False)]
-]  # fmt: skip
+    for asked in [
+        (True, True, True),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+        (False, False, False),
+    ]
+]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,7 @@ def test_opcheck_backward(backend: str, kind: str, asked: tuple[bool, ...]) -> N
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
-    """They have no autograd by intent; psa_tail_norm has."""
+    """They have no autograd by design, so its tests are left out."""
     assert get_backend("cpu").unavailable_reason("cpu") is None
     utils = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     case = inputs(kind)
@@ -128,7 +133,7 @@ def test_the_reference_backend_is_differentiable_twice() -> None:
         assert torch.autograd.gradgradcheck(lambda *t: call(t, 2), leaves)
 
 
-def test_a_second_derivative_is_refused_with_the_way_to_get_one(backend: str) -> None:
+def test_error_for_a_second_derivative_says_how_to_get_one(backend: str) -> None:
     leaves = leaves_of(make_norm_case(SHAPE))
     out = call(leaves, 3)
     first, *_ = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
@@ -136,7 +141,7 @@ def test_a_second_derivative_is_refused_with_the_way_to_get_one(backend: str) ->
         first.sum().backward()
 
 
-def test_forward_mode_is_refused_with_the_way_to_get_it(backend: str) -> None:
+def test_error_for_forward_mode_says_how_to_get_it(backend: str) -> None:
     case = make_norm_case(SHAPE)
     for i in (1, 5, 8):  # a branch, an fc tensor, beta
         tensors = [*case.branches, *case.fc, *case.affine]
@@ -170,7 +175,7 @@ def test_checkpointing_gives_the_same_gradients(backend: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=["momentum", "cumulative"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_without_a_graph_break(backend: str, dynamic: bool, options: dict) -> None:
-    """Forward, backward and the running statistics."""
+    """Forward, backward and the update of the running statistics."""
     compiled = torch.compile(ef.psa_tail_norm, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in (SHAPE, SHAPE._replace(B=3, H=6)):
         for memory_format in MEMORY_FORMATS.values():
@@ -178,7 +183,7 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool, options: di
             assert_accurate(evaluate_norm(compiled, case), *expected_norm(case))
 
 
-def test_saves_nothing_large_but_its_inputs(backend: str) -> None:
+def test_saves_only_inputs_and_small_tensors(backend: str) -> None:
     leaves = leaves_of(make_norm_case(Shape(2, 4, 16, 16, 16, 1)))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""psa_tail keeps its promises to the rest of PyTorch: compilers, exporters, checkpointing."""
+"""psa_tail works with the rest of PyTorch: opcheck, autograd, compilers, export, checkpointing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPILERS = ["aot_eager", "inductor"] if shutil.which("g++") else ["aot_eager"]
 
 @pytest.fixture(params=OPERATOR_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name that the operator is called with."""
+    """Return the backend's name with which the operator is called."""
     with run_by(request.param):
         yield current_backend()
     torch.compiler.reset()
@@ -120,7 +120,7 @@ NATIVE_TESTS = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
-    """They have no autograd by intent; psa_tail has."""
+    """They have no autograd by design, so its tests are left out."""
     assert get_backend("cpu").unavailable_reason("cpu") is None
     branches, (w1, b1, w2, b2), grad = inputs(kind)
     for fc in ((w1, b1, w2, b2), (w1.flatten(1), b1, w2.flatten(1), b2)):
@@ -135,7 +135,7 @@ def test_opcheck_of_the_librarys_own_operators(kind: str) -> None:
 def test_compiled_dynamic_shapes_are_not_recompiled() -> None:
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ef.psa_tail, fullgraph=True, dynamic=True, backend=count)
-    for B, H in ((7, 4), (3, 6), (5, 9)):  # no size equal to another's
+    for B, H in ((7, 4), (3, 6), (5, 9)):  # all sizes differ
         case = make_case(SHAPE._replace(B=B, H=H))
         compiled(case.branches, *case.fc)
     torch.compiler.reset()
@@ -187,7 +187,7 @@ def test_checkpointing_gives_the_same_gradients(backend: str) -> None:
 
 @pytest.mark.parametrize("where", BACKENDS)
 def test_autocast_leaves_the_tail_its_dtypes(where: str) -> None:
-    """16-bit branches meet float32 weights; the small products stay in float32."""
+    """With 16-bit branches and float32 weights, the small products stay in float32."""
     case = make_case(SHAPE, torch.bfloat16, fc_dtype=torch.float32)
 
     def tail(branches: list[Tensor], *fc: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def test_autocast_leaves_the_tail_its_dtypes(where: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_saves_nothing_large_but_its_inputs(backend: str) -> None:
+def test_saves_only_inputs_and_small_tensors(backend: str) -> None:
     case = make_case(Shape(2, 4, 16, 16, 16, 1))
     leaves = [x.requires_grad_() for x in case.branches]
     saved: list[Tensor] = []

@@ -18,6 +18,7 @@ TESTS = (
     "test_psa_tail_errors.py",
     "test_psa_tail_properties.py",
     "test_psa_tail_norm.py",
+    "test_psa_tail_norm_errors.py",
 )
 CHECK = """
 import epsanet_fused as ef
