@@ -137,7 +137,8 @@ def plan_convs(
     Raises:
         ValueError: if ``file`` holds no plans.
     """
-    convs = _grouped_convs(module)
+    psas = {name: m for name, m in module.named_modules() if is_psa(m)}
+    convs = {name: conv for name, conv in _branch_convs(psas).items() if conv.groups > 1}
     problems = {
         name: _make_problem(convs[name], x, memory_format, training)
         for name, x in inputs_of(convs, module, example_input).items()
@@ -155,14 +156,12 @@ def plan_convs(
     return {name: _plan_cache[key] for name, key in keys.items()}
 
 
-def _grouped_convs(module: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return the grouped convolutions of the PSA modules, by their name in ``module``."""
+def _branch_convs(psas: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
+    """Return the convolutions of these PSA modules, by their name in the model."""
     return {
         f"{name}.{conv}".lstrip("."): getattr(psa, conv)
-        for name, psa in module.named_modules()
-        if is_psa(psa)
+        for name, psa in psas.items()
         for conv in CONVS
-        if getattr(psa, conv).groups > 1
     }
 
 
@@ -184,12 +183,8 @@ def use_plans(model: nn.Module, plans: Mapping[str, ConvPlan]) -> None:
         ValueError: for a name that isn't that of a FusedPSAModule's convolution, and for a plan
             that isn't a merge; nothing is changed then.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, FusedPSAModule)}
-    convs: dict[str, nn.Conv2d] = {
-        f"{name}.{conv}".lstrip("."): getattr(module, conv)
-        for name, module in found.items()
-        for conv in CONVS
-    }
+    psas = {name: m for name, m in model.named_modules() if isinstance(m, FusedPSAModule)}
+    convs = _branch_convs(psas)
     for name, plan in plans.items():
         if name not in convs:
             raise ValueError(
@@ -202,10 +197,10 @@ def use_plans(model: nn.Module, plans: Mapping[str, ConvPlan]) -> None:
                 f"use_plans: plans[{name!r}] must leave a divisor of {groups} groups and make one "
                 f"pixel at a time, got {plan}"
             )
-    for name, module in found.items():
-        names = [f"{name}.{conv}".lstrip(".") for conv in CONVS]
-        merges = tuple(plans[n].groups if n in plans else convs[n].groups for n in names)
-        module.merged_groups = merges if any(n in plans for n in names) else None
+    for name, psa in psas.items():
+        own = _branch_convs({name: psa})
+        merges = tuple(plans[n].groups if n in plans else own[n].groups for n in own)
+        psa.merged_groups = None if own.keys().isdisjoint(plans) else merges
 
 
 def _make_problem(

@@ -59,9 +59,9 @@ def optimize_for_inference(
 
     Any model that holds EPSABlocks or PSA modules is accepted, this package's or others built like
     the official ones. Each is first verified on random inputs; one with hooks, parametrised weights
-    or another structure is skipped. Each rewrite (see the module's docstring) is measured on
-    ``example_input``, on its device and with the current number of threads, and is applied only if
-    it wins. The result accepts other sizes and batches, too.
+    or another structure is skipped. Each rewrite (folded norms, fused calls, merged or tiled convs,
+    the memory format) is measured on ``example_input``, on its device and with the current number
+    of threads, and is applied only if it wins. The result accepts other sizes and batches, too.
 
     Args:
         model: in eval mode.
