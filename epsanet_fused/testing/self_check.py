@@ -25,7 +25,7 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the backend ran and its errors are within the bound."""
+        """True if the backend ran and its errors are within the bound."""
         return self.error_ratio is not None and self.error_ratio <= 1.0
 
 
