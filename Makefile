@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 OUT ?= out
 SECOND := .venv-integrations
 TIMM := $(shell sed -n 's/^timm==//p' requirements-integrations.txt)
-# What is tested once more there: what users call.
+# The tests of the public functions, which run in the second environment, too.
 AGAIN := tests/ops tests/nn tests/fusion/test_fuse.py
 
 .PHONY: bench test test-slow test-integrations test-sanitized test-matrix gpu-check digits lint clean
@@ -16,12 +16,13 @@ AGAIN := tests/ops tests/nn tests/fusion/test_fuse.py
 bench: $(BUILT)
 	$(VENV)/bin/python benchmarks/bench_psa.py --out $(OUT)
 
-# The order of the names: by numbers of tests, the few that compile for minutes would begin last.
+# Files run in the order of their names: the fullest first would start the slowest last.
 test: $(BUILT)
 	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu --ignore=tests/integrations -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600
 
-# What `make test` leaves out, so as to end in ten minutes: the Triton kernels compiled for more
-# targets, a network that learns, a build from nothing, and the like.
+# The tests that `make test` leaves out, so that it ends within five minutes: most cases of the
+# interpreted and emulated kernels, the Triton kernels compiled for all targets, a network that
+# learns, a build from scratch, and the like.
 test-slow: $(BUILT)
 	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu --ignore=tests/integrations -m slow -n 2 --dist loadgroup --timeout 600
 

@@ -21,7 +21,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Interpreted and emulated kernels take about a second a case. Of the cases of each test that have
 # the word in their id, `make test` runs one in EVERY; `make test-slow` runs the others.
-SLOW_CASES = {"tests/ops": "[triton", "tests/backends/test_cuda_emulated.py": ""}
+SLOW_CASES = {
+    "tests/ops": "[triton",
+    "tests/backends/triton/test_launch.py": "",
+    "tests/backends/test_cuda_emulated.py": "",
+}
 EVERY = 6
 
 

@@ -29,7 +29,8 @@ def with_capability(capability: str, *command: str) -> subprocess.CompletedProce
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, *command],
-        env=env | {VARIABLE: capability},
+        # One thread: two that share a busy core wait for each other for most of the time.
+        env=env | {VARIABLE: capability, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
