@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.networks import ResNetBlock, small
+from baselines import ResNetBlock
+from helpers.networks import small
 
 import epsanet_fused as ef
 from epsanet_fused.inference import conv_planner, optimize

@@ -38,14 +38,6 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval()
 
 
-class ResNetBlock(ef.EPSABlock):
-    """ResNet's bottleneck: a 3x3 convolution in place of the PSA module."""
-
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, *args, **options) -> None:
-        super().__init__(inplanes, planes, stride, *args, **options)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
-
-
 class OfficialBlock(nn.Module):
     """The official block, written without the classes of this package but the SE."""
 

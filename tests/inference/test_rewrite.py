@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from baselines import ResNetBlock
 from helpers.networks import (
     ALONE,
     CHANNELS_LAST,
-    ResNetBlock,
     all_on,
     assert_same,
     calibrate,
