@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +20,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
 
 
-# Interpreted and emulated kernels take about a second a case. Of the cases of each test that have
-# the word in their id, `make test` runs one in EVERY; `make test-slow` runs the others.
-SLOW_CASES = {
-    "tests/ops": "[triton",
-    "tests/backends/triton/test_launch.py": "",
-    "tests/backends/test_cuda_emulated.py": "",
-}
+# Tests of interpreted, emulated and compiled code take seconds a case. Of the cases of each test
+# whose id matches, `make test` runs one in EVERY; `make test-slow` runs the others.
+SLOW_CASES = re.compile(
+    r"tests/ops/.*(\[triton|compiles)"
+    r"|tests/backends/(triton/test_launch|test_cuda_emulated)"
+    r"|tests/fusion/.*2048 to 64"
+)
 EVERY = 6
 
 
@@ -34,9 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases that `make test` leaves out as slow."""
     seen: Counter[str] = Counter()
     for item in items:
-        file, _, name = item.nodeid.partition("::")
-        test = f"{file}::{name.partition('[')[0]}"
-        if any(file.startswith(path) and word in name for path, word in SLOW_CASES.items()):
+        if SLOW_CASES.match(item.nodeid):
+            test = item.nodeid.partition("[")[0]
             if seen[test] % EVERY:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1

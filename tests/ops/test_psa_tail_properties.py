@@ -53,7 +53,13 @@ def test_any_input_gives_the_oracles_numbers(
     assert_accurate(results, *expected(case))
 
 
-@pytest.mark.parametrize("backend", OPERATOR_BACKENDS)
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "triton"))
+        for name in OPERATOR_BACKENDS
+    ],
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=shapes.filter(lambda s: s.B), arrangements=arrangements)
 def test_fake_and_real_strides_agree(backend: str, shape: Shape, arrangements: list[str]) -> None:

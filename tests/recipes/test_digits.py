@@ -49,6 +49,7 @@ def test_progress_table_and_plot(short) -> None:
     assert {path.name for path in out.iterdir()} == {"digits.csv", "digits.png"}
 
 
+@pytest.mark.slow
 def test_low_accuracy_is_a_failure(tmp_path: Path) -> None:
     done = run_digits("--out", tmp_path, "--epochs", 1, "--images", 64)
     assert done.returncode == 1
