@@ -104,7 +104,7 @@ def supported_archs(nvcc: Path) -> tuple[int, ...]:
 
 
 class Plan(NamedTuple):
-    """What to build: a library or none, with CUDA if there is a toolkit; ``note``: why without."""
+    """The build: a library or none, with CUDA if there is a toolkit; ``note`` says why without."""
 
     has_library: bool
     toolkit: Toolkit | None = None

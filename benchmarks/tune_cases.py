@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
     @property
     def may_fuse_gate(self) -> bool:
-        """Whether the sums may be in one launch with the gate."""
+        """True if the sums may be in one launch with the gate."""
         return self.kind != "gradient_sums"
 
 

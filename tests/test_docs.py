@@ -38,7 +38,7 @@ def words() -> set[str]:
 
 
 def is_missing(token: str) -> bool:
-    """Whether a word in backticks names a file, a module or an identifier that doesn't exist."""
+    """Tell whether a word in backticks names something that does not exist."""
     if token in ELSEWHERE:
         return False
     first, *rest = token.split(".")
@@ -51,7 +51,7 @@ def is_missing(token: str) -> bool:
 
 
 def resolves(names: list[str]) -> bool:
-    """Whether the package has what these names lead to; other packages aren't imported for it."""
+    """Tell whether these names exist in the package; other packages aren't imported for it."""
     folder, depth = ROOT / "epsanet_fused", 0
     while depth < len(names) and (folder / names[depth]).is_dir():
         folder, depth = folder / names[depth], depth + 1

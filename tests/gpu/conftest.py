@@ -1,4 +1,4 @@
-"""Marks every test in this folder as one that needs a card."""
+"""Mark every test in this folder: it needs a GPU, and is skipped where there is none."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 MARKS = (
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
-    # Time on a card is precious: no library's warning may cost a result. Our own still does.
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # A warning of another library must not cost a result. A warning of this package fails the test.
     pytest.mark.filterwarnings("default"),
     pytest.mark.filterwarnings("error:epsanet_fused:RuntimeWarning"),
 )

@@ -1,4 +1,4 @@
-"""Optimized models on a card: cuDNN's fused calls, CUDA graphs."""
+"""Optimized models on a GPU: cuDNN's fused calls and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from epsanet_fused.inference.rewrite import apply_rewrites, find_targets
 from epsanet_fused.nn.grouped_conv import ConvPlan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def case(dtype: torch.dtype, block=ef.EPSABlock):
 
 
 @pytest.mark.parametrize("block", [ef.EPSABlock, ResNetBlock], ids=["epsanet", "resnet"])
-@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS.values(), ids=MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_all_rewrites_at_most_double_the_error(dtype, memory_format, block):
     model, x = case(dtype, block)
@@ -46,9 +46,10 @@ def test_all_rewrites_at_most_double_the_error(dtype, memory_format, block):
         made = apply_rewrites(
             model, find_targets(model, (x,)), Rewrites(memory_format, plans=plans)
         )
-        true = copy.deepcopy(model).double()(x.double())
-        limit = 2 * (model(x).double() - true).norm() + torch.finfo(dtype).eps * true.norm()
-        assert (made(x).double() - true).norm() <= limit
+        expected = copy.deepcopy(model).double()(x.double())
+        floor = torch.finfo(dtype).eps * expected.norm()
+        limit = 2 * (model(x).double() - expected).norm() + floor
+        assert (made(x).double() - expected).norm() <= limit
 
 
 def test_float32_is_rewritten_where_cudnn_rounds_it_to_tf32(monkeypatch):
@@ -61,15 +62,15 @@ def test_float32_is_rewritten_where_cudnn_rounds_it_to_tf32(monkeypatch):
 
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_the_whole_way(dtype, cuda_graph):
+def test_optimize_for_inference(dtype, cuda_graph):
     model, x = case(dtype)
     made = ef.optimize_for_inference(model, x, cuda_graph=cuda_graph)
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     with torch.no_grad():
         for shape in [(3, 3, 64, 64), (3, 3, 64, 64), (1, 3, 50, 70)]:
             images = torch.randn(shape).to(x)
-            true = model(images)
-            assert (made(images) - true).norm() <= tolerance * true.norm()
+            expected = model(images)
+            assert (made(images) - expected).norm() <= tolerance * expected.norm()
     assert list(made.state_dict()) == list(model.state_dict())
     assert ("CUDA graph" in str(made.report)) == cuda_graph
 

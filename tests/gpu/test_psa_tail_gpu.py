@@ -1,4 +1,4 @@
-"""What only a card can show: real kernels, streams, graphs, sizes. ``make gpu-check`` runs this."""
+"""psa_tail on a GPU: compiled kernels, streams, graphs and sizes. ``make gpu-check`` runs this."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BATCHES = {"batch 1": 1, "batch 32": 32, "batch 128": 128}
 
 @pytest.fixture(autouse=True)
 def _give_memory_back() -> Iterator[None]:
-    """Several processes may share the card, and one test needs half of a small one."""
+    """Free cached memory: several processes may share the GPU, and one test needs 40 GB."""
     yield
     torch.cuda.empty_cache()
 
@@ -52,7 +52,7 @@ def on_card(shape: Shape, dtype: str = "fp16", layout: str = "nchw") -> Case:
     return make_case(shape, DTYPES[dtype], MEMORY_FORMATS[layout], device="cuda")
 
 
-# Each kernel costs seconds to compile: the stages in full, odd shapes in two combinations.
+# Each kernel takes seconds to compile, so odd shapes run in two combinations only.
 CASES = [
     case
     for case in accuracy_cases()
@@ -72,7 +72,7 @@ def test_matches_the_oracle(backend: str, shape: str, dtype: str, layout: str) -
 def test_matches_the_oracle_at_real_batches(
     fused: str, stage: str, layout: str, batch: str
 ) -> None:
-    """Enough samples for each row of the configuration table."""
+    """The batches reach each tile of the configuration table."""
     case = on_card(SHAPES[stage]._replace(B=BATCHES[batch]), "fp16", layout)
     assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
 
@@ -84,7 +84,7 @@ def test_each_path_matches_the_oracle(path: str, shape: str, dtype: str, layout:
     with ef.use_backend(path):
         try:
             results = evaluate(ef.psa_tail, *case)
-        except ValueError as refusal:  # a sample that doesn't fit on chip, an older card
+        except ValueError as refusal:  # the sample doesn't fit on chip, or the GPU is too old
             pytest.skip(str(refusal))
     assert_accurate(results, *expected(case))
 
@@ -157,7 +157,7 @@ def test_the_same_bits_in_five_runs(fused: str, layout: str, stage: str) -> None
 
 
 def test_runs_on_the_current_stream(fused: str) -> None:
-    """On a side stream, behind a long wait: a launch elsewhere would read what isn't there yet."""
+    """On a side stream, after a long wait: a launch on another stream would read too early."""
     case = on_card(SHAPES["S2"]._replace(B=16))
     right = evaluate(ef.psa_tail, *case)
     late = [torch.zeros_like(x) for x in case.branches]
@@ -213,7 +213,7 @@ def test_compiles_without_a_graph_break(fused: str, dynamic: bool) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.xdist_group("large")  # one at a time: each needs a third of a card's memory
+@pytest.mark.xdist_group("large")  # one at a time: each needs up to 40 GB
 def test_more_than_two_to_the_31_elements(fused: str) -> None:
     """An output of 2**31 + elements: the last sample is right, and so is its gradient.
 
@@ -223,7 +223,7 @@ def test_more_than_two_to_the_31_elements(fused: str) -> None:
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of free memory")
     B, S, C, H, W, R = shape
-    # Sample by sample, so that neither the host nor the oracle holds all of it.
+    # Compare two samples only: the oracle of all would not fit.
     branches = [torch.randn(B, C, H, W, device="cuda", dtype=torch.bfloat16) for _ in range(S)]
     fc = [t.cuda() for t in make_case(Shape(1, S, C, 1, 1, R), torch.bfloat16).fc]
     leaves = [x.requires_grad_() for x in branches]
@@ -238,7 +238,7 @@ def test_more_than_two_to_the_31_elements(fused: str) -> None:
 
 def test_another_current_device(fused: str) -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip("needs two cards")
+        pytest.skip("needs two GPUs")
     case = make_case(SHAPES["S3"], torch.float32, device="cuda:1")
     with torch.cuda.device(0):
         results = evaluate(ef.psa_tail, *case)
@@ -268,13 +268,13 @@ def test_the_whole_network_in_training(fused: str) -> None:
     x = torch.randn(8, 3, 96, 96, device="cuda")
     exact = ef.epsanet50(num_classes=10, fused=False).cuda().double()
     exact.load_state_dict(plain.state_dict())
-    # Or its rounding would hide any other.
+    # TF32's rounding would hide any other error.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits = {"fused": model(x), "plain": plain(x), "exact": exact(x.double())}
         for out in logits.values():
             out.square().mean().backward()
     assert_accurate([logits["fused"]], [logits["exact"]], [logits["plain"]])
-    # Of all gradients together: a ReLU within a rounding of 0 makes single ones jump.
+    # Compare all gradients together: a ReLU input close to 0 can flip and change single ones.
     exact_grads = flat_gradients(exact)
     limit = 2 * (flat_gradients(plain) - exact_grads).norm() + 1e-5 * exact_grads.norm()
     assert (flat_gradients(model) - exact_grads).norm() <= limit
@@ -285,7 +285,7 @@ def flat_gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_plain_tail_is_what_it_is_compared_with() -> None:
-    """On a card too, the literal tail and the oracle agree in float64."""
+    """The plain tail gives the same numbers on the GPU as on the CPU, in float64."""
     case = make_case(SHAPES["S3"], torch.float64, device="cuda")
     on_cpu = Case(*([t.cpu() for t in ts] for ts in case[:2]), case.grad.cpu())
     for a, b in zip(evaluate(plain_tail, *case), evaluate(plain_tail, *on_cpu), strict=True):

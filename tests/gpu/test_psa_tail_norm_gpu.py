@@ -1,4 +1,4 @@
-"""psa_tail_norm on a card: real kernels, streams, graphs, sizes. ``make gpu-check`` runs this."""
+"""psa_tail_norm on a GPU: compiled kernels, streams, graphs, sizes. ``make gpu-check`` runs it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check(case: NormCase) -> None:
     assert_accurate(evaluate_norm(ef.psa_tail_norm, case), *expected_norm(case))
 
 
-# Each kernel costs seconds to compile: the stages as networks have them, odd shapes once each.
+# Each kernel takes seconds to compile, so odd shapes run in one combination each.
 ODD = [shape for shape in NORM_SHAPES if shape not in STAGES]
 CASES = [
     *itertools.product(STAGES, ["fp16"], MEMORY_FORMATS),
@@ -61,7 +61,7 @@ def test_matches_the_oracle(shape: str, dtype: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("batch", [32, 128])
 def test_matches_the_oracle_at_real_batches(stage: str, layout: str, batch: int) -> None:
-    """Enough samples for each row of the configuration table."""
+    """The batches reach each tile of the configuration table."""
     check(on_card(SHAPES[stage]._replace(B=batch), "fp16", layout))
 
 
@@ -100,9 +100,10 @@ def test_any_strides(view: str, dtype: str) -> None:
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", [SHAPES["S1"], SHAPES["S4"]._replace(B=16)], ids=["S1", "S4"])
 def test_a_large_mean_and_a_small_variance(shape: Shape, layout: str) -> None:
-    """1e3 +- 1e-1, and all samples with the attention 1 / S: else its spread is the variance.
+    """Values of 1e3 +- 0.1, with the attention 1 / S in all samples.
 
-    Without fc's gradients: of numbers that large nothing but roundings is left in them.
+    Another attention would dominate the variance. The fc gradients are not compared: with such
+    large values they consist of rounding errors.
     """
     case = on_card(shape, "fp32", layout, change=lambda bs: [1e3 + 0.1 * x for x in bs])
     case.fc[2].zero_()
@@ -126,9 +127,10 @@ def test_nan_and_inf_spread_as_in_pytorch(where: str, poison: float) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_backward_masks_what_forward_did(dtype: str, stage: str, layout: str) -> None:
-    """Without beta, many values are near the relu's zero: to the bit the same ones get through.
+    """The backward passes the gradient of exactly those elements that the ReLU passed.
 
-    The sum of what does is beta's gradient, exactly, as the gradient is 1 everywhere.
+    Without beta many values are close to the ReLU's zero. With a gradient of 1 everywhere, beta's
+    gradient is the number of elements that passed.
     """
     case = on_card(SHAPES[stage]._replace(B=8), dtype, layout)
     branches = [torch.randn_like(x) for x in case.branches]
@@ -152,13 +154,13 @@ def leaves_of(case: NormCase) -> list[Tensor]:
 
 
 def step(leaves: Sequence[Tensor], norm: nn.BatchNorm2d, grad: Tensor) -> list[Tensor]:
-    """The output, and the gradients of branches, fc tensors, gamma and beta."""
+    """Return the output and the gradients of branches, fc tensors, gamma and beta."""
     out = ef.psa_tail_norm(leaves[:-4], *leaves[-4:], norm)
     return [out.detach(), *torch.autograd.grad(out, [*leaves, *norm.parameters()], grad)]
 
 
 def test_runs_on_the_current_stream() -> None:
-    """On a side stream, behind a long wait: a launch elsewhere would read what isn't there yet."""
+    """On a side stream, after a long wait: a launch on another stream would read too early."""
     case = on_card(SHAPES["S2"]._replace(B=16))
     norm = nn.BatchNorm2d(case.grad.shape[1]).cuda()
     leaves = leaves_of(case)
@@ -247,9 +249,9 @@ def test_a_block_under_autocast() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.xdist_group("large")  # one at a time: each needs a third of a card's memory
+@pytest.mark.xdist_group("large")  # one at a time: each needs up to 40 GB
 def test_more_than_two_to_the_31_elements() -> None:
-    """An output of 2**31 + elements, whose last sample is as the first: so is what comes of it."""
+    """An output of over 2**31 elements: the last sample equals the first, and so do its results."""
     shape = (11, 64, 875, 875)  # of a branch; 2.16e9 elements in all, 4.3 GB in 16 bits
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of free memory")

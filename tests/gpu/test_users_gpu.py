@@ -1,4 +1,4 @@
-"""On a card: fuse, a detector in training, and a recipe, the last two in float16."""
+"""fuse, a detector in training and a recipe on a GPU, the last two in float16."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "classification.py"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("make", [lambda: variants.OfficialPSA(64, 64),
-                                  lambda: variants.BiRefNetPSA(64),
-                                  lambda: variants.OutOfPlaceExternalAttention(64)],
-                         ids=["official", "BiRefNet", "an SE each"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: variants.OfficialPSA(64, 64),
+        lambda: variants.BiRefNetPSA(64),
+        lambda: variants.OutOfPlaceExternalAttention(64),
+    ],
+    ids=["official", "BiRefNet", "one SE per branch"],
+)
 def test_fuse(make, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = torch.nn.Sequential(make()).to("cuda", dtype)
@@ -41,7 +46,7 @@ def test_fuse(make, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_detector_trains_in_float16() -> None:
-    # Not above: where torchvision is missing, the others are to run.
+    # Imported here, so that the other tests run where torchvision is missing.
     from epsanet_fused.integrations.torchvision import retinanet_epsanet50_fpn
 
     torch.manual_seed(0)
@@ -66,7 +71,7 @@ def test_a_detector_trains_in_float16() -> None:
 
 
 def write_images(root: Path) -> None:
-    """Stripes one way and the other, in noise."""
+    """Write noisy images of vertical and of horizontal stripes."""
     noise = np.random.default_rng(0)
     for part, count in (("train", 32), ("val", 8)):
         for name in ("columns", "rows"):
@@ -79,12 +84,16 @@ def write_images(root: Path) -> None:
 
 
 def classify(data: Path, out: Path, epochs: int, *options: str | Path) -> list[dict[str, str]]:
-    small = ["--batch-size", "16", "--image-size", "64", "--workers", "2", "--lr", "0.01"]
+    size = ["--epochs", str(epochs), "--batch-size", "16", "--image-size", "64", "--workers", "2"]
+    how = ["--lr", "0.01", "--amp", "--channels-last"]
     done = subprocess.run(
-        [sys.executable, RECIPE, data, "--out", out, "--epochs", str(epochs), *small, "--amp",
-         "--channels-last", *options], env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        [sys.executable, RECIPE, data, "--out", out, *size, *how, *options],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     with (out / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))
