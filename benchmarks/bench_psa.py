@@ -41,7 +41,7 @@ from report import AXES, COLUMNS, OUT_OF_TIME, failure, label, table, timing_col
 from steps import Prepared
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import VARIANTS
+from epsanet_fused.backends.registry import PATHS
 from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave
 
@@ -202,7 +202,7 @@ class Bench:
                 accuracy = checkers.of(name).check(prepared.step())
         except Exception as error:  # an error of one provider must not end the others
             # A variant of a backend may refuse a size: that is not a failure.
-            refused = name in VARIANTS and isinstance(error, ValueError)
+            refused = name in PATHS and isinstance(error, ValueError)
             return Candidate(row | ({"note": str(error)} if refused else failure(error)), None)
         row |= {"backend": prepared.backend, **accuracy._asdict()}
         if accuracy.ok:

@@ -39,7 +39,7 @@ from providers import PROVIDERS
 from report import MACHINE, align, write_csv
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import VARIANTS
+from epsanet_fused.backends.registry import PATHS
 
 MODES = {"inference": "forward", "backward": "backward"}
 COLUMNS = (
@@ -202,7 +202,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     formats = list(MEMORY_FORMATS)
-    providers = ["triton", *VARIANTS]
+    providers = ["triton", *PATHS]
     add("--stages", choices=tuple(STAGES), nargs="+", default=["S1", "S4"])
     add("--batch", type=positive_int, default=128)
     add("--dtype", choices=DTYPES, default="float16")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from baselines import BASELINES
 
-from epsanet_fused.backends.compiled import library
-from epsanet_fused.backends.registry import VARIANTS
+from epsanet_fused.backends.compiled import load_library
+from epsanet_fused.backends.registry import PATHS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -22,7 +22,7 @@ TOTAL_SECONDS = 515.0
 # The time that a process needs to start and, after its own deadline, to end.
 GRACE_SECONDS = 15.0
 SANITIZERS = ("memcheck", "racecheck")
-BACKENDS = " ".join(("triton", *VARIANTS))
+BACKENDS = " ".join(("triton", *PATHS))
 PLANNED = "planned planned-triton planned-compile"
 # When the time is over, the last ones are skipped: max-autotune takes the longest to compile.
 OURS_FIRST = (
@@ -96,7 +96,7 @@ def tests_step(scratch: Path) -> Step:
 
 def build_steps() -> list[Step]:
     """Compile the library in place, unless it exists with CUDA kernels."""
-    if library().cuda_archs:
+    if load_library().cuda_archs:
         return []
     command = (sys.executable, str(ROOT / "setup.py"), "build_ext", "--inplace")
     return [Step("build", ("env", "EPSANET_FUSED_BUILD=cuda", *command), 90, "check")]

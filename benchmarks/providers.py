@@ -21,7 +21,7 @@ from steps import Prepared, make_step
 from torch import Tensor, nn
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import VARIANTS, resolve
+from epsanet_fused.backends.registry import PATHS, resolve
 from epsanet_fused.inference.cuda_graph import GraphedModel
 
 SCOPES = ("tail", "norm", "module", "block", "network")
@@ -291,7 +291,7 @@ def _backend_providers() -> dict[str, Provider]:
         name: Provider(
             functools.partial(_ours, name), functools.partial(_needs_backend, name), scopes
         )
-        for name in (*ef.list_backends(), *VARIANTS)
+        for name in (*ef.list_backends(), *PATHS)
         if name != "reference"  # the provider "cleaned"
     }
 
@@ -326,7 +326,7 @@ def defaults(device: torch.device, scope: str) -> list[str]:
         name
         for name, provider in PROVIDERS.items()
         if scope in provider.scopes
-        and name not in (*duplicates, *VARIANTS)
+        and name not in (*duplicates, *PATHS)
         and (
             name in ("compile", *ef.list_backends()) or provider.unavailable_reason(device) is None
         )

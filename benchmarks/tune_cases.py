@@ -17,7 +17,7 @@ from torch import Tensor
 
 from epsanet_fused.backends.interface import NormParams, NormStats, SEWeights
 from epsanet_fused.backends.triton import common, config, launch, launch_norm
-from epsanet_fused.backends.triton.common import FCGradInputs, NormTerms, SETensors
+from epsanet_fused.backends.triton.common import FCGradInputs, GateTensors, NormTerms
 from epsanet_fused.utils.memory_format import accumulator_dtype
 
 BRANCHES = 4
@@ -113,7 +113,7 @@ class Tensors:
         self.terms = NormTerms(squeeze, weight, shift)
         self.grad_terms = NormTerms(squeeze, weight, shift, factor, grad_mean)
         fc_grad_inputs = FCGradInputs(numbers(B, S, R), numbers(B, S, R), numbers(B, S, C))
-        self.se = SETensors(squeeze, attention, fc, grad_mean, fc_grad_inputs)
+        self.se = GateTensors(squeeze, attention, fc, grad_mean, fc_grad_inputs)
         self.args = launch.tail_args(self.branches, self.concat)
 
 

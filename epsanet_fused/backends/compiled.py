@@ -33,24 +33,26 @@ from epsanet_fused.backends.interface import (
     empty_norm_forward,
 )
 
-PATH = Path(__file__).resolve().parents[1] / "_C.abi3.so"
+LIBRARY_FILE = Path(__file__).parents[1] / "_C.abi3.so"
 
 _FC = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
 _TAIL = f"Tensor[] branches, {_FC}, Tensor? scale, Tensor? shift, bool relu, int path"
 _SAVED = "Tensor squeeze, Tensor attention"
 _NORM = "Tensor? gamma, Tensor? beta, float eps"
 _STATS = "Tensor squeeze, Tensor m2, Tensor attention, Tensor mean, Tensor var"
-LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
+_LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 # The forwards also take fc weights with the 1 x 1 of a convolution. ``path`` is the number of a
 # psa::cuda::Path in csrc/cuda/cuda.h.
-LIBRARY.define(f"psa_tail_native({_TAIL}) -> (Tensor out, {_SAVED})")
-LIBRARY.define(f"psa_tail_inference({_TAIL}) -> Tensor")
-LIBRARY.define(
+_LIBRARY.define(f"psa_tail_native({_TAIL}) -> (Tensor out, {_SAVED})")
+_LIBRARY.define(f"psa_tail_inference({_TAIL}) -> Tensor")
+_LIBRARY.define(
     f"psa_tail_native_backward(Tensor grad, Tensor[] branches, {_SAVED}, {_FC}, "
     "bool branch_grads, bool fc_grads, int path) -> (Tensor[] grad_branches, Tensor[] grad_fc)"
 )
-LIBRARY.define(f"psa_tail_norm_native(Tensor[] branches, {_FC}, {_NORM}) -> (Tensor out, {_STATS})")
-LIBRARY.define(
+_LIBRARY.define(
+    f"psa_tail_norm_native(Tensor[] branches, {_FC}, {_NORM}) -> (Tensor out, {_STATS})"
+)
+_LIBRARY.define(
     f"psa_tail_norm_native_backward(Tensor grad, Tensor[] branches, {_STATS}, {_FC}, {_NORM}, "
     "bool branch_grads, bool fc_grads, bool norm_grads) "
     "-> (Tensor[] grad_branches, Tensor[] grad_fc, Tensor[] grad_norm)"
@@ -62,25 +64,25 @@ _norm_forward = torch.ops.epsanet_fused.psa_tail_norm_native.default
 _norm_backward = torch.ops.epsanet_fused.psa_tail_norm_native_backward.default
 
 
-class Library(NamedTuple):
-    """Contents of the compiled library; ``problem`` says why there is none."""
+class LibraryInfo(NamedTuple):
+    """Contents of the compiled library; ``unavailable_reason`` says why there is none."""
 
-    problem: str | None
+    unavailable_reason: str | None
     cpu_capability: str | None  # the instruction set in use, None if the environment's is unknown
     cuda_archs: str  # "" if it was built without CUDA
     build_note: str  # why it was built without CUDA, or ""
 
 
 @functools.cache
-def library() -> Library:
+def load_library() -> LibraryInfo:
     """Load the library, once. Without it, or if it fails to load, the rest of the package works."""
-    if not PATH.exists():
+    if not LIBRARY_FILE.exists():
         why = "this is a pure-Python package; reinstall with EPSANET_FUSED_BUILD=cpu to see why"
-        return Library(why, None, "", "")
+        return LibraryInfo(why, None, "", "")
     try:
-        loaded = ctypes.CDLL(str(PATH))  # registers its kernels with torch
+        loaded = ctypes.CDLL(str(LIBRARY_FILE))  # registers its kernels with torch
     except OSError as error:
-        return Library(f"the compiled library doesn't load: {error}", None, "", "")
+        return LibraryInfo(f"the compiled library doesn't load: {error}", None, "", "")
 
     def text(name: str) -> str | None:
         function = getattr(loaded, f"epsanet_fused_{name}")
@@ -88,7 +90,9 @@ def library() -> Library:
         value: bytes | None = function()
         return None if value is None else value.decode()
 
-    return Library(None, text("cpu_capability"), text("cuda_archs") or "", text("build_note") or "")
+    return LibraryInfo(
+        None, text("cpu_capability"), text("cuda_archs") or "", text("build_note") or ""
+    )
 
 
 class CompiledBackend:
@@ -106,13 +110,15 @@ class CompiledBackend:
 
     def unavailable_reason(self, device_type: str) -> str | None:
         """Return why the library can't run on such a device here, or None if it can."""
-        found = library()
-        if found.problem is not None:
-            return found.problem
+        found = load_library()
+        if found.unavailable_reason is not None:
+            return found.unavailable_reason
         if self._device_type == "cpu":
             if found.cpu_capability is None:
                 wanted = os.environ.get("EPSANET_FUSED_CPU_CAPABILITY")
-                return f"EPSANET_FUSED_CPU_CAPABILITY={wanted!r} is nothing that this CPU has"
+                return (
+                    f"EPSANET_FUSED_CPU_CAPABILITY={wanted!r} names no instruction set of this CPU"
+                )
         elif not found.cuda_archs:
             return f"the compiled library was built without CUDA: {found.build_note}"
         elif not torch.cuda.is_available():
@@ -210,19 +216,19 @@ def _check(branches: Sequence[Tensor], fc: SEWeights, *vectors: Tensor | None) -
             raise ValueError("psa_tail: an argument has another device, dtype or layout")
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_native", lib=LIBRARY)
+@torch.library.register_fake("epsanet_fused::psa_tail_native", lib=_LIBRARY)
 def _fake_forward(branches: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fc, scale, shift, _relu, _path = rest
     _check(branches, SEWeights(*fc), scale, shift)
     return empty_forward(branches)
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_inference", lib=LIBRARY)
+@torch.library.register_fake("epsanet_fused::psa_tail_inference", lib=_LIBRARY)
 def _fake_inference(branches: list[Tensor], *rest: Any) -> Tensor:
     return _fake_forward(branches, *rest)[0]
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_native_backward", lib=LIBRARY)
+@torch.library.register_fake("epsanet_fused::psa_tail_native_backward", lib=_LIBRARY)
 def _fake_backward(
     _grad: Tensor, branches: list[Tensor], _squeeze: Tensor, _attention: Tensor, *rest: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -230,7 +236,7 @@ def _fake_backward(
     return empty_backward(branches, SEWeights(*fc), branch_grads, fc_grads)
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_norm_native", lib=LIBRARY)
+@torch.library.register_fake("epsanet_fused::psa_tail_norm_native", lib=_LIBRARY)
 def _fake_norm_forward(branches: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     *fc, gamma, beta, _eps = rest
     _check(branches, SEWeights(*fc), gamma, beta)
@@ -238,7 +244,7 @@ def _fake_norm_forward(branches: list[Tensor], *rest: Any) -> tuple[Tensor, ...]
     return out, *stats
 
 
-@torch.library.register_fake("epsanet_fused::psa_tail_norm_native_backward", lib=LIBRARY)
+@torch.library.register_fake("epsanet_fused::psa_tail_norm_native_backward", lib=_LIBRARY)
 def _fake_norm_backward(
     _grad: Tensor, branches: list[Tensor], *rest: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

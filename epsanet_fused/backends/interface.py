@@ -1,9 +1,9 @@
 """The interface of a backend, and the types in which arguments and results travel to and from it.
 
 A backend is a module or an object that satisfies ``Backend``; reference.py is the shortest example.
-The operators in ops/ are its only callers: they check the arguments, so a backend needn't, and
-they have fake kernels with which the shapes, strides and dtypes of its results must agree. Both
-can allocate the results by this file's ``empty_`` functions.
+The operators in ops/ are its only callers. They check the arguments, so a backend needn't. The
+results must have the shapes, strides and dtypes of the operators' fake kernels; this file's
+``empty_`` functions allocate such results.
 """
 
 from __future__ import annotations

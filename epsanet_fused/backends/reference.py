@@ -86,7 +86,7 @@ def backward(
     grad_squeeze, grad_fc = _gate_backward(grad_attention, squeeze, attention, fc, fc_grads)
     if not branch_grads:
         return [], grad_fc
-    grad_mean = grad_squeeze / _pixels(branches)  # what each pixel gets of it
+    grad_mean = grad_squeeze / _pixels(branches)  # (B, S, C), the same for all pixels
     grad_branches = []
     for s, (g, x) in enumerate(zip(grads, branches, strict=True)):
         a, m = (t[:, s, :, None, None] for t in (attention, grad_mean))  # (B, C, 1, 1)
@@ -176,12 +176,12 @@ def _batch_statistics(
 
 
 def _by_channel(vector: Tensor) -> Tensor:
-    """(S, C) -> (S * C,), in the order of the output's channels."""
+    """Return a vector (S, C) as (S * C,), in the order of the output's channels."""
     return vector.flip(0).flatten()
 
 
 def _by_branch(vector: Tensor, like: Tensor) -> Tensor:
-    """(S * C,) in the order of the output's channels -> (S, C), in the dtype of ``like``."""
+    """Return a vector (S * C,) in the output's order as (S, C), in the dtype of ``like``."""
     return vector.to(like.dtype).view(like.shape[-2:]).flip(0)
 
 

@@ -17,7 +17,8 @@ from epsanet_fused.backends import defaults, reference, triton
 from epsanet_fused.backends.compiled import CompiledBackend, CompiledCpuBackend
 from epsanet_fused.backends.interface import Backend
 
-# A new backend is one more line. A name with a colon is a part of a backend, for benchmarks.
+# A new backend is one more line. A name with a colon is a backend that takes one of its paths only,
+# for benchmarks.
 _BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "cpu": CompiledCpuBackend("cpu", "cpu"),
@@ -27,7 +28,7 @@ _BACKENDS: dict[str, Backend] = {
     "cuda:two_pass": CompiledBackend("cuda:two_pass", "cuda", path=2),
 }
 NAMES = tuple(name for name in _BACKENDS if ":" not in name)
-VARIANTS = tuple(name for name in _BACKENDS if ":" in name)
+PATHS = tuple(name for name in _BACKENDS if ":" in name)
 _CHOICES = ("auto", *_BACKENDS)
 
 # One choice for the whole process, as with torch.backends: torch.compile can guard on a global, but

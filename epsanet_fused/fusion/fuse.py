@@ -22,7 +22,7 @@ from epsanet_fused.fusion.detect import (
 from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec, replace_class
 from epsanet_fused.fusion.verify import verify_module
 from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa
-from epsanet_fused.utils.hooks import hooked
+from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.progress import progress
 
 ORDERS = ("reversed", "natural")
@@ -179,7 +179,7 @@ def _check_class_and_hooks(module: nn.Module, layers: PSALayers) -> None:
             raise UnfusableError(f"{where} has a forward that was replaced")
         if part._compiled_call_impl is not None:
             raise UnfusableError(f"{where} is compiled; fuse the model first")
-        if name and hooked(part):
+        if name and has_hooks(part):
             raise UnfusableError(f"{where} has hooks, which would not be called any more")
         if part._buffers or isinstance(part, _DropoutNd):
             raise UnfusableError(f"{where} has a buffer, or is a dropout")

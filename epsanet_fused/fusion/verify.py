@@ -60,7 +60,7 @@ TRIALS = (
 )
 
 
-class Result(NamedTuple):
+class CallResult(NamedTuple):
     """The effects of one call of a module.
 
     Attributes:
@@ -193,7 +193,7 @@ def _smallest_side(conv: nn.Conv2d) -> int:
     return max(3, *(p + 1 for p in padding))
 
 
-def _run_original(module: nn.Module, layers: PSALayers, x: Tensor, trial: Trial) -> Result:
+def _run_original(module: nn.Module, layers: PSALayers, x: Tensor, trial: Trial) -> CallResult:
     """Run the module; raise an UnfusableError if it has effects that a fused module lacks."""
     module.train(trial.training)  # before the snapshot, because it sets an attribute
     before = _snapshot(module, layers)
@@ -220,7 +220,9 @@ def _snapshot(module: nn.Module, layers: PSALayers) -> dict[str, tuple[int, int 
     }
 
 
-def _agrees(module: nn.Module, spec: PSASpec, x: Tensor, trial: Trial, expected: Result) -> bool:
+def _agrees(
+    module: nn.Module, spec: PSASpec, x: Tensor, trial: Trial, expected: CallResult
+) -> bool:
     """Return whether the fused module gives the expected result.
 
     Gradients are compared if the original has them.
@@ -238,7 +240,7 @@ def _agrees(module: nn.Module, spec: PSASpec, x: Tensor, trial: Trial, expected:
     return actual.grads is not None and all(map(_close, actual.grads, expected.grads))
 
 
-def _run(module: nn.Module, x: Tensor, trial: Trial) -> Result:
+def _run(module: nn.Module, x: Tensor, trial: Trial) -> CallResult:
     """Run the module as the trial says, and restore its buffers, such as a norm's statistics."""
     module.train(trial.training)
     buffers = [(b, b.clone()) for b in module.buffers()]
@@ -251,7 +253,7 @@ def _run(module: nn.Module, x: Tensor, trial: Trial) -> Result:
                 buffer.copy_(before)
 
 
-def _call(module: nn.Module, x: Tensor, grads: bool) -> Result:
+def _call(module: nn.Module, x: Tensor, grads: bool) -> CallResult:
     leaves = [x.clone().requires_grad_(), *module.parameters()]
     given = leaves[0] * 1  # not a leaf, so that the module may write to it
     out = module(given)
@@ -259,7 +261,7 @@ def _call(module: nn.Module, x: Tensor, grads: bool) -> Result:
         raise TypeError(f"it returns a {type(out).__name__}")
     input_after = given.detach().clone()
     if not grads:
-        return Result(out, input_after, None)
+        return CallResult(out, input_after, None)
     ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     try:
         found = torch.autograd.grad((out * ramp).sum(), leaves, allow_unused=True)
@@ -267,8 +269,10 @@ def _call(module: nn.Module, x: Tensor, grads: bool) -> Result:
         if torch.equal(input_after, x):
             raise
         # The module overwrote an input that its own backward needs: it can't be trained.
-        return Result(out.detach(), input_after, None)
-    return Result(out.detach(), input_after, [torch.zeros(()) if g is None else g for g in found])
+        return CallResult(out.detach(), input_after, None)
+    return CallResult(
+        out.detach(), input_after, [torch.zeros(()) if g is None else g for g in found]
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

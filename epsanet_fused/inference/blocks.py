@@ -14,7 +14,7 @@ from epsanet_fused.inference.conv_weights import norm_scale_shift
 from epsanet_fused.nn.fused_psa import CONVS, is_psa
 from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.ops.psa_tail import psa_tail
-from epsanet_fused.utils.hooks import hooked
+from epsanet_fused.utils.hooks import has_hooks
 
 
 class Rewrites(NamedTuple):
@@ -134,7 +134,7 @@ class PlannedBlock(nn.Module):
         identity = x if downsample is None else downsample(x)
         if isinstance(downsample, ConvNorm):
             # Nothing else holds the identity then, unless a hook has kept it.
-            overwrite = not hooked(downsample, downsample[0])
+            overwrite = not has_hooks(downsample, downsample[0])
         out: Tensor = self.conv2(self.conv1(x, relu=True), relu=True)
         out = self.conv3(out, identity, relu=True, overwrite=overwrite)
         return out
@@ -148,7 +148,7 @@ class PlannedStage(nn.Sequential):
         blocks: list[Any] = [*self]
         for i, block in enumerate(blocks):
             # A hook of either block may have kept this tensor.
-            x = block(x, overwrite=i > 0 and not hooked(blocks[i - 1], block, block.conv1))
+            x = block(x, overwrite=i > 0 and not has_hooks(blocks[i - 1], block, block.conv1))
         return x
 
 

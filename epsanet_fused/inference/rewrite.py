@@ -25,7 +25,7 @@ from epsanet_fused.inference.blocks import (
 from epsanet_fused.nn.fused_psa import CONVS, is_psa
 from epsanet_fused.utils.capture import inputs_of
 from epsanet_fused.utils.device_info import conv_eps
-from epsanet_fused.utils.hooks import hooked
+from epsanet_fused.utils.hooks import has_hooks
 
 _BLOCK_LAYERS = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample")
 _BLOCK_NORMS = ("bn1", "bn2", "bn3")
@@ -121,7 +121,7 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 def _is_planned_row(module: nn.Module) -> bool:
     """Return whether ``module`` is an nn.Sequential of PlannedBlocks alone, without hooks."""
-    if type(module) is not nn.Sequential or len(module) == 0 or hooked(module):
+    if type(module) is not nn.Sequential or len(module) == 0 or has_hooks(module):
         return False
     return all(isinstance(block, PlannedBlock) for block in module)
 
@@ -134,7 +134,7 @@ def _is_block_like(module: Any) -> bool:
 def _check_structure(module: Any) -> str | None:
     """Return why this block or PSA module cannot be replaced, or None if it can."""
     for name, part in module.named_modules():
-        if hooked(part):
+        if has_hooks(part):
             return f"{name or 'it'} has hooks"
         if parametrize.is_parametrized(part):
             return f"{name or 'it'} has parametrised weights"
@@ -196,7 +196,7 @@ def _find_stems(
     candidates: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if _is_inside(blocks, name) and _is_stem_like(module)
+        if _has_block_inside(name, blocks) and _is_stem_like(module)
     }
     parts = [getattr(m, n, None) for m in candidates.values() for n in ("conv1", "bn1", "relu")]
     log = _CallLog(model, args, parts)
@@ -207,12 +207,12 @@ def _find_stems(
         if _has_plain_relu(m := candidates[name]) and log.feeds(m.bn1, m.relu)
     ]
     norms = [candidates[name].bn1 for name in relu_stems]
-    if norms and not _can_rectify(model, args, norms, log.output):
+    if norms and not _can_move_relus(model, args, norms, log.output):
         relu_stems = []
     return stems, relu_stems
 
 
-def _is_inside(blocks: list[str], name: str) -> bool:
+def _has_block_inside(name: str, blocks: list[str]) -> bool:
     """Return whether the module of this name holds one of the blocks."""
     return any(block.startswith(f"{name}.") or (not name and block) for block in blocks)
 
@@ -222,12 +222,12 @@ def _is_stem_like(module: Any) -> bool:
     norm: Any = getattr(module, "bn1", None)
     if not is_plain_conv(conv) or not is_batch_norm(norm):
         return False
-    return not any(hooked(part) or parametrize.is_parametrized(part) for part in (conv, norm))
+    return not any(has_hooks(part) or parametrize.is_parametrized(part) for part in (conv, norm))
 
 
 def _has_plain_relu(stem: Any) -> bool:
     relu = getattr(stem, "relu", None)
-    return type(relu) is nn.ReLU and not hooked(relu)
+    return type(relu) is nn.ReLU and not has_hooks(relu)
 
 
 class _CallLog:
@@ -256,7 +256,7 @@ class _CallLog:
         return len(inputs) == 1 and inputs[0] is out
 
 
-def _can_rectify(
+def _can_move_relus(
     model: nn.Module, args: tuple[Any, ...], norms: Iterable[nn.Module], expected: Any
 ) -> bool:
     """Return whether the model's output stays the same with a ReLU right after these norms.

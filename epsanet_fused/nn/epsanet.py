@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from epsanet_fused.nn.fused_psa import FusedPSAModule
 from epsanet_fused.nn.psa import CONV_GROUPS, CONV_KERNELS, PSAModule
 from epsanet_fused.ops.psa_tail_norm import fuses_norm_by_default
-from epsanet_fused.utils.hooks import hooked
+from epsanet_fused.utils.hooks import has_hooks
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -87,8 +87,8 @@ class EPSABlock(nn.Module):
     def _uses_fused_norm(self, x: Tensor) -> bool:
         """Return whether ``psa_tail_norm`` runs conv2's tail, bn2 and relu as one.
 
-        It does so in training, where these modules do what their classes do and the backend fuses
-        the norm by default.
+        True in training mode, if all three are of exactly these classes and without hooks, and the
+        backend fuses the norm by default.
         """
         return (
             self.bn2.training
@@ -105,7 +105,7 @@ def _is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     A module with parametrized weights is an instance of a subclass.
     """
-    return type(module) is kind and "forward" not in vars(module) and not hooked(module)
+    return type(module) is kind and "forward" not in vars(module) and not has_hooks(module)
 
 
 class EPSALargeBlock(EPSABlock):

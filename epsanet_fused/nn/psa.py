@@ -129,7 +129,7 @@ def _check_arguments(
     conv_groups: Sequence[int],
     reduction: int,
 ) -> None:
-    """Raise a ValueError that names the argument that no PSAModule can be built from."""
+    """Raise a ValueError that names the first argument that is not accepted."""
     for name, values in (("conv_kernels", conv_kernels), ("conv_groups", conv_groups)):
         if len(values) != 4:
             raise ValueError(

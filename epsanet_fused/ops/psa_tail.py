@@ -104,10 +104,10 @@ def _try_inference(
 ) -> Tensor | None:
     """Return the output by the backend's ``inference``, or None where that can't be used.
 
-    Small tails are bound by time on the host, and this saves much of it: the checks in Python, as
-    ``inference`` refuses the same tensors, and the dispatcher's way back into Python. The backend
-    can't check a gradient that is due, nor a relu that isn't a bool. Each microsecond counts, hence
-    the plain tuple, which is built four times as fast as SEWeights.
+    For small tails Python takes most of the time. This way skips the checks, because ``inference``
+    refuses the same tensors, and the dispatcher's call back into Python. The backend can't tell
+    whether a gradient is due or relu is a bool, so this function does. ``fc`` is a plain tuple,
+    which is built four times as fast as SEWeights.
     """
     if not isinstance(branches, (list, tuple)) or not isinstance(relu, bool):
         return None

@@ -54,10 +54,11 @@ def psa_tail_norm(
     fc2_bias: Tensor,
     norm: nn.BatchNorm2d,
 ) -> Tensor:
-    """``relu(norm(psa_tail(branches, ...)))`` with the batch's statistics (arXiv 2105.14447, 3.3).
+    """Compute ``relu(norm(psa_tail(branches, ...)))`` (arXiv 2105.14447, 3.3).
 
-    The norm's running statistics are updated as its own forward would. The operator is
-    differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
+    The norm uses the batch's statistics, and its running ones are updated as its own forward would.
+    The operator is differentiable once. For higher orders and torch.func use
+    ``use_backend("reference")``.
 
     Args:
         branches: as for ``psa_tail``, and so are the four fc tensors.
@@ -116,8 +117,8 @@ def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: in
 def fuses_norm_by_default(device_type: str) -> bool:
     """Tell whether a block in training takes psa_tail_norm on such a device.
 
-    With "auto" it does so where ``defaults.NORM_TABLE`` says that this is faster, with any other
-    backend where that backend has psa_tail_norm.
+    With "auto" it does so where ``defaults.NORM_TABLE`` says that this is faster. "reference" never
+    does. Any other backend does if it has psa_tail_norm.
     """
     return _fuses_norm(current_backend(), device_type)
 

@@ -11,7 +11,7 @@ from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tail
 
 
-class Check(NamedTuple):
+class BackendCheck(NamedTuple):
     """The result for one backend on one device.
 
     error_ratio: the largest error divided by the largest accurate one; None after an exception.
@@ -29,8 +29,8 @@ class Check(NamedTuple):
         return self.error_ratio is not None and self.error_ratio <= 1.0
 
 
-def self_check(devices: list[str]) -> list[Check]:
-    """Check "auto" and each backend on each device that it can use.
+def self_check(devices: list[str]) -> list[BackendCheck]:
+    """BackendCheck "auto" and each backend on each device that it can use.
 
     The checks run forward and backward in float32.
     """
@@ -42,7 +42,7 @@ def self_check(devices: list[str]) -> list[Check]:
     ]
 
 
-def _check(name: str, device: str) -> Check:
+def _check(name: str, device: str) -> BackendCheck:
     g = torch.Generator().manual_seed(0)
     branches = [torch.randn(2, 32, 14, 14, generator=g).to(device) for _ in range(4)]
     shapes = ((2, 32, 1, 1), (2,), (32, 2, 1, 1), (32,))
@@ -54,10 +54,10 @@ def _check(name: str, device: str) -> Check:
         with use_backend(name):
             results = evaluate(psa_tail, branches, fc, grad)
     except Exception as error:  # the check reports any fault of this machine
-        return Check(name, device, None, f"{type(error).__name__}: {error}")
+        return BackendCheck(name, device, None, f"{type(error).__name__}: {error}")
     size = max(t.abs().max().item() for t in oracle)
     ratio = max(
         max_error(r, o) / bound(p, o, torch.float32, size)
         for r, o, p in zip(results, oracle, plain, strict=True)
     )
-    return Check(name, device, ratio, f"largest error is {ratio:.0%} of the accepted one")
+    return BackendCheck(name, device, ratio, f"largest error is {ratio:.0%} of the accepted one")

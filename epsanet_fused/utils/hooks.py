@@ -7,7 +7,7 @@ from torch import nn
 _common = nn.modules.module
 
 
-def hooked(*modules: nn.Module) -> bool:
+def has_hooks(*modules: nn.Module) -> bool:
     """Tell whether one of these modules has a hook, or a global hook on all modules exists."""
     return bool(
         _common._global_forward_hooks

@@ -13,7 +13,7 @@ from helpers.cases import MEMORY_FORMATS, Case, Shape, assert_accurate, expected
 from helpers.norm_cases import evaluate_norm, expected_norm, make_norm_case
 
 import epsanet_fused as ef
-from epsanet_fused.backends.compiled import library
+from epsanet_fused.backends.compiled import load_library
 from epsanet_fused.testing.accuracy import evaluate
 
 OPS = torch.ops.epsanet_fused
@@ -22,7 +22,7 @@ VARIABLE = "EPSANET_FUSED_CPU_CAPABILITY"
 
 
 def test_the_library_loads() -> None:
-    assert library().problem is None
+    assert load_library().unavailable_reason is None
 
 
 def with_capability(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -49,8 +49,10 @@ def with_capability(capability: str, *command: str) -> subprocess.CompletedProce
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_gives_the_right_numbers(capability: str, which_tests: str) -> None:
     """Run the operators' tests on the backend "cpu", in a process with this instruction set."""
-    which = "from epsanet_fused.backends.compiled import library; print(library().cpu_capability)"
-    if with_capability(capability, "-c", which).stdout.strip() != capability:
+    code = (
+        "from epsanet_fused.backends import compiled; print(compiled.load_library().cpu_capability)"
+    )
+    if with_capability(capability, "-c", code).stdout.strip() != capability:
         pytest.skip(f"this CPU has no {capability}")
     files = (
         "ops/test_psa_tail.py",
@@ -76,7 +78,7 @@ def test_an_unknown_instruction_set_is_named() -> None:
     )
     done = with_capability("avx9", "-c", code)
     reason, shape, error = done.stdout.splitlines()
-    assert reason == f"{VARIABLE}='avx9' is nothing that this CPU has"
+    assert reason == f"{VARIABLE}='avx9' names no instruction set of this CPU"
     assert shape == "torch.Size([1, 8, 2, 2])"
     assert "must be one of" in error
     assert error.endswith("on this CPU, got avx9")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from epsanet_fused.backends.compiled import PATH, library
+from epsanet_fused.backends.compiled import LIBRARY_FILE, load_library
 
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 CLUSTERS = ["sm_90", "sm_100", "sm_120"]  # architectures that have clusters and bulk copies
@@ -112,14 +112,14 @@ def names_of(mangled: str, arch: str) -> tuple[str, str, str, tuple[bool, ...]]:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    found = library()
-    assert found.problem is None and found.cpu_capability
+    found = load_library()
+    assert found.unavailable_reason is None and found.cpu_capability
     if not found.cuda_archs:
         pytest.skip(f"the library was built without CUDA: {found.build_note}")
     if cuobjdump() is None:
         pytest.skip("needs cuobjdump: CUDA's own, or Triton's copy of it")
     assert found.cuda_archs.split() == [*ARCHS, "compute_120"]
-    return list(kernels_of(PATH))
+    return list(kernels_of(LIBRARY_FILE))
 
 
 def select(kernels: list[Kernel], *names: str) -> list[Kernel]:

@@ -19,12 +19,12 @@ from helpers.cases import (
 )
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import VARIANTS
+from epsanet_fused.backends.registry import PATHS as ALL_PATHS
 from epsanet_fused.testing.accuracy import evaluate, plain_tail
 
 BACKENDS = [n for n, status in ef.list_backends().items() if status.available and n != "cpu"]
 FUSED = [name for name in BACKENDS if name != "reference"]
-PATHS = VARIANTS if "cuda" in FUSED else ()
+PATHS = ALL_PATHS if "cuda" in FUSED else ()
 STAGES = ("S1", "S2", "S3", "S4")
 BATCHES = {"batch 1": 1, "batch 32": 32, "batch 128": 128}
 

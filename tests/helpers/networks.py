@@ -100,14 +100,14 @@ def plans(model: nn.Module, memory_format: torch.memory_format) -> dict[str, Con
     return found
 
 
-NONE = Rewrites(NCHW, fold=False, epilogue=False, fused_calls=False)
+NO_REWRITES = Rewrites(NCHW, fold=False, epilogue=False, fused_calls=False)
 # Each rewrite alone, and all of them together.
-ALONE: dict[str, Callable[[nn.Module], Rewrites]] = {
-    "fold": lambda model: NONE._replace(fold=True),
-    "epilogue": lambda model: NONE._replace(epilogue=True),
-    "fused calls": lambda model: NONE._replace(fold=True, fused_calls=True),
-    "plans": lambda model: NONE._replace(plans=plans(model, NCHW)),
-    "format": lambda model: NONE._replace(memory_format=CHANNELS_LAST),
+REWRITES: dict[str, Callable[[nn.Module], Rewrites]] = {
+    "fold": lambda model: NO_REWRITES._replace(fold=True),
+    "epilogue": lambda model: NO_REWRITES._replace(epilogue=True),
+    "fused calls": lambda model: NO_REWRITES._replace(fold=True, fused_calls=True),
+    "plans": lambda model: NO_REWRITES._replace(plans=plans(model, NCHW)),
+    "format": lambda model: NO_REWRITES._replace(memory_format=CHANNELS_LAST),
     "all": lambda model: Rewrites(CHANNELS_LAST, plans=plans(model, CHANNELS_LAST)),
     "all nchw": lambda model: Rewrites(NCHW, plans=plans(model, NCHW)),
 }
@@ -118,8 +118,8 @@ def rewritten(model: nn.Module, x: Tensor, rewrites: Rewrites) -> nn.Module:
         return apply_rewrites(model, find_targets(model, (x,)), rewrites)
 
 
-def all_on(x: Tensor, model: nn.Module) -> nn.Module:
-    return rewritten(model, x, ALONE["all"](model)).requires_grad_(False)
+def fully_rewritten(x: Tensor, model: nn.Module) -> nn.Module:
+    return rewritten(model, x, REWRITES["all"](model)).requires_grad_(False)
 
 
 def assert_same(model: nn.Module, made: nn.Module, *inputs: Tensor, rtol: float = 1e-4) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.networks import (
-    ALONE,
     CHANNELS_LAST,
     NCHW,
+    REWRITES,
     OfficialBlock,
     assert_same,
     calibrate,
@@ -123,7 +123,7 @@ def test_psa_modules_outside_of_blocks():
     model = nn.Sequential(nn.Conv2d(3, 64, 1), ef.PSAModule(64, 64), nn.BatchNorm2d(64))
     calibrate(model, torch.randn(2, 3, 16, 16))
     x = torch.randn(2, 3, 16, 16)
-    made = rewritten(model, x, ALONE["all"](model))
+    made = rewritten(model, x, REWRITES["all"](model))
     assert isinstance(made[1], PlannedPSA)
     assert_same(model, made, x)
     alone = ef.FusedPSAModule(64, 64).eval()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from baselines import ResNetBlock
 from helpers.networks import (
-    ALONE,
     CHANNELS_LAST,
-    all_on,
+    REWRITES,
     assert_same,
     calibrate,
+    fully_rewritten,
     official,
     rewritten,
     small,
@@ -47,17 +47,17 @@ def test_each_rewrite_alone_and_all_together(build):
         assert len(targets.blocks) == {50: 16, 101: 33}[int(build.__name__[7:].split("_")[0])]
         assert targets.stems == targets.relu_stems == [""]
         assert not targets.psas and not targets.skipped
-        for name, rewrites in ALONE.items():
+        for name, rewrites in REWRITES.items():
             out = apply_rewrites(model, targets, rewrites(model))(x)
             assert (out - expected).abs().max() <= 1e-4 * expected.abs().max(), name
         assert torch.equal(model(x), expected), "the model itself is unchanged"
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", REWRITES)
 def test_in_float64_only_the_order_of_sums_differs(name):
     """The rounding of float64 is too small to hide a wrong formula."""
     model, x = small().double(), torch.randn(2, 3, 65, 47, dtype=torch.float64)
-    assert_same(model, rewritten(model, x, ALONE[name](model)), x, rtol=1e-12)
+    assert_same(model, rewritten(model, x, REWRITES[name](model)), x, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -67,7 +67,7 @@ def test_16_bit_errors_are_at_most_twice_those_of_plain_pytorch(dtype):
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
         plain = copy.deepcopy(model).to(dtype)
-        made = rewritten(plain, x.to(dtype), ALONE["all"](plain))
+        made = rewritten(plain, x.to(dtype), REWRITES["all"](plain))
         limit = 2 * (plain(x.to(dtype)).double() - expected).norm()
         limit += torch.finfo(dtype).eps / 2 * expected.norm()
         assert (made(x.to(dtype)).double() - expected).norm() <= limit
@@ -76,7 +76,7 @@ def test_16_bit_errors_are_at_most_twice_those_of_plain_pytorch(dtype):
 @pytest.mark.parametrize("name", ["all", "all nchw"])
 def test_other_batches_sizes_and_memory_formats_than_the_examples(name):
     model, x = small(), torch.randn(2, 3, 64, 64)
-    made = rewritten(model, x, ALONE[name](model)).requires_grad_(False)
+    made = rewritten(model, x, REWRITES[name](model)).requires_grad_(False)
     others = [torch.randn(5, 3, 64, 64), torch.randn(1, 3, 33, 129), torch.randn(0, 3, 64, 64)]
     others += [torch.randn(2, 3, 32, 32), torch.randn(3, 3, 40, 72).to(memory_format=CHANNELS_LAST)]
     for other in others:
@@ -91,7 +91,7 @@ def test_other_batches_sizes_and_memory_formats_than_the_examples(name):
 )
 def test_copies_are_independent(copied):
     model, x = small(), torch.randn(2, 3, 64, 64)
-    made = all_on(x, model)
+    made = fully_rewritten(x, model)
     out = made(x)
     copy_ = copied(made)
     assert torch.equal(copy_(x), out)
@@ -114,7 +114,7 @@ LOADS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_follows_a_checkpoint_that_is_loaded_later(load):
     model, x = small(), torch.randn(2, 3, 64, 64)
-    made = rewritten(copy.deepcopy(model), x, ALONE["all"](model))
+    made = rewritten(copy.deepcopy(model), x, REWRITES["all"](model))
     with torch.no_grad():
         made(x)
     torch.manual_seed(5)
@@ -129,7 +129,7 @@ def test_blocks_are_found_by_structure():
     with torch.no_grad():
         targets = find_targets(model, (x,))
         assert targets.blocks == ["1", "2"]
-    for name, rewrites in ALONE.items():
+    for name, rewrites in REWRITES.items():
         made = rewritten(model, x, rewrites(model))
         assert isinstance(made[2], PlannedBlock), name
         assert list(made.state_dict()) == list(model.state_dict())
@@ -139,7 +139,7 @@ def test_blocks_are_found_by_structure():
 def test_stages_keep_the_names_of_their_blocks():
     model, x = small(), torch.randn(2, 3, 64, 64)
     model.layer2 = nn.Sequential(OrderedDict(zip("ab", model.layer2, strict=True)))
-    made = rewritten(model, x, ALONE["all"](model))
+    made = rewritten(model, x, REWRITES["all"](model))
     assert isinstance(made.layer2, PlannedStage)
     assert list(made.state_dict()) == list(model.state_dict())
     assert_same(model, made, x)
@@ -148,7 +148,7 @@ def test_stages_keep_the_names_of_their_blocks():
 def test_resnets_bottlenecks_are_rewritten():
     model = small(ResNetBlock)
     x = torch.randn(2, 3, 64, 64)
-    for rewrites in ALONE.values():
+    for rewrites in REWRITES.values():
         assert_same(model, rewritten(model, x, rewrites(model)), x)
 
 
@@ -156,7 +156,7 @@ def test_a_stem_with_hooks_is_not_rewritten():
     model, x = small(), torch.randn(2, 3, 64, 64)
     seen = []
     model.bn1.register_forward_hook(lambda _m, _a, out: seen.append(out))
-    made = all_on(x, model)
+    made = fully_rewritten(x, model)
     seen.clear()
     assert_same(model, made, x)
     assert torch.equal(seen[0], seen[1])
@@ -174,7 +174,7 @@ class ReadsNorm(ef.EPSANet):
 
 def test_the_relu_of_a_stem_runs_with_its_convolution():
     model, x = small(), torch.randn(2, 3, 64, 64)
-    made = all_on(x, model)
+    made = fully_rewritten(x, model)
     assert isinstance(made.relu, nn.Identity) and isinstance(model.relu, nn.ReLU)
     made.conv1.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     seen: list[Tensor] = []
@@ -198,14 +198,14 @@ def test_the_relu_of_a_stem_stays_if_moving_it_would_show(reason):
     with torch.no_grad():
         targets = find_targets(model, (x,))
     assert targets.stems == [""] and not targets.relu_stems
-    made = all_on(x, model)
+    made = fully_rewritten(x, model)
     assert type(made.relu) is type(model.relu)
     assert_same(model, made, x)
 
 
 def test_a_block_overwrites_only_inputs_that_nothing_else_holds():
     model, x = small(), torch.randn(2, 3, 64, 64)
-    made = all_on(x, model)
+    made = fully_rewritten(x, model)
     stage = made.layer2
     assert isinstance(stage, PlannedStage) and len(stage) == 2
     before = x.clone()
@@ -241,7 +241,7 @@ def test_a_frozen_copy_compiles_without_graph_breaks():
     from torch._inductor import config as inductor
 
     model, x = official(), torch.randn(2, 3, 32, 32)
-    made = rewritten(model, x, ALONE["all"](model)).requires_grad_(False)
+    made = rewritten(model, x, REWRITES["all"](model)).requires_grad_(False)
     with inductor.patch(freezing=True), torch.no_grad():
         compiled = torch.compile(made, fullgraph=True)
         assert_same(model, compiled, x)

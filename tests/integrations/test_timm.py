@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.networks import all_on, assert_same, calibrate
+from helpers.networks import assert_same, calibrate, fully_rewritten
 from timm.data import resolve_data_config
 from timm.layers import DropPath
 from timm.models import group_parameters
@@ -342,7 +342,7 @@ def test_the_model_compiles_in_one_graph(model: nn.Module, images: Tensor) -> No
 
 @torch.no_grad()
 def test_rewrites_for_inference_keep_the_numbers(trained: nn.Module, images: Tensor) -> None:
-    fast = all_on(images, trained)
+    fast = fully_rewritten(images, trained)
     assert any(isinstance(m, PlannedBlock) for m in fast.modules())
     assert_same(trained, fast, images)
     for found, expected in zip(

@@ -26,9 +26,9 @@ TORCHES = ("2.10", "2.11", "2.13", "newest")
 # Accuracy, strides, memory formats, dtypes and gradients of psa_tail with the CPU kernels.
 TESTS = ("tests/ops/test_psa_tail.py", "-k", "cpu")
 CHECK = (
-    "import torch, epsanet_fused as ef; from epsanet_fused.backends.compiled import library; "
+    "import torch, epsanet_fused as ef; from epsanet_fused.backends.compiled import load_library; "
     "assert ef.list_backends()['cpu'].available, ef.list_backends(); "
-    "print(torch.__version__, torch.version.cuda, library())"
+    "print(torch.__version__, torch.version.cuda, load_library())"
 )
 
 

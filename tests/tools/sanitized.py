@@ -22,11 +22,11 @@ TESTS = (
 )
 CHECK = """
 import epsanet_fused as ef
-from epsanet_fused.backends.compiled import PATH
-assert PATH.is_relative_to({folder!r}), PATH
+from epsanet_fused.backends.compiled import LIBRARY_FILE
+assert LIBRARY_FILE.is_relative_to({folder!r}), LIBRARY_FILE
 assert ef.list_backends()["cpu"].available, ef.list_backends()
 assert "libasan" in open("/proc/self/maps").read()
-symbols = open(PATH, "rb").read()
+symbols = open(LIBRARY_FILE, "rb").read()
 assert b"__asan_report_load" in symbols and b"__ubsan_handle" in symbols
 """
 

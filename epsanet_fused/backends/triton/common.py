@@ -58,7 +58,7 @@ class FCGradInputs(NamedTuple):
     grad_pre2: Tensor  # (B, S, C), the gradient of fc2's output
 
 
-class SETensors(NamedTuple):
+class GateTensors(NamedTuple):
     """The tensors of the gate; the last two are the results of its backward."""
 
     squeeze: Tensor

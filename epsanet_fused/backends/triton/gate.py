@@ -76,7 +76,7 @@ def _fc_backward(
 
 
 @triton.jit
-def select(
+def excite_and_select(
     m, attention, fc, offsets, s, c, C, R, S: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr
 ):
     """Write one sample's attention (S, C), at ``offsets``, from its squeeze m."""
@@ -88,7 +88,7 @@ def select(
 
 
 @triton.jit
-def select_backward(
+def excite_and_select_backward(
     grad,
     m,
     attention,

@@ -13,7 +13,7 @@ from triton import language as tl
 
 from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.backends.triton import common, config, gate, psa_tail
-from epsanet_fused.backends.triton.common import FCGradInputs, SETensors, Strides, TailTensors
+from epsanet_fused.backends.triton.common import FCGradInputs, GateTensors, Strides, TailTensors
 from epsanet_fused.utils.memory_format import accumulator_dtype, output_memory_format
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -86,24 +86,26 @@ def tail_args(
 def sum_and_gate(args: TailArgs, squeeze: Tensor, attention: Tensor, fc: SEWeights) -> None:
     """Forward: write squeeze and attention (B, S, C)."""
     tail = TailTensors(args.branches, args.branch_strides)
-    _sum_and_gate(args, tail, SETensors(squeeze, attention, fc))
+    _sum_and_gate(args, tail, GateTensors(squeeze, attention, fc))
 
 
-def empty_se_grads(squeeze: Tensor, attention: Tensor, fc: SEWeights, fc_grads: bool) -> SETensors:
+def empty_se_grads(
+    squeeze: Tensor, attention: Tensor, fc: SEWeights, fc_grads: bool
+) -> GateTensors:
     """Return the gate's tensors, with uninitialized ones for the results of its backward."""
     fc_grad_inputs = None
     if fc_grads:
         hidden = squeeze.new_empty((*squeeze.shape[:2], fc.fc1_weight.shape[0]))  # (B, S, R)
         fc_grad_inputs = FCGradInputs(hidden, torch.empty_like(hidden), torch.empty_like(squeeze))
-    return SETensors(squeeze, attention, fc, torch.empty_like(squeeze), fc_grad_inputs)
+    return GateTensors(squeeze, attention, fc, torch.empty_like(squeeze), fc_grad_inputs)
 
 
-def sum_and_gate_backward(args: TailArgs, se: SETensors) -> None:
+def sum_and_gate_backward(args: TailArgs, se: GateTensors) -> None:
     """Backward: write se.grad_mean and, unless None, se.fc_grad_inputs."""
     _sum_and_gate(args, args.tensors, se)
 
 
-def _sum_and_gate(args: TailArgs, tail: TailTensors, se: SETensors) -> None:
+def _sum_and_gate(args: TailArgs, tail: TailTensors, se: GateTensors) -> None:
     B, S, C, HW = args.sizes
     itemsize, products = args.concat.element_size(), tail.concat is not None
     cfg = config.sum_config(B, S, C, HW, itemsize, args.channels_last, products, common.INTERPRETED)
@@ -132,7 +134,7 @@ def recalibrate(
     _recalibrate(args, (attention, None, scale, shift), relu)
 
 
-def recalibrate_backward(args: TailArgs, se: SETensors) -> None:
+def recalibrate_backward(args: TailArgs, se: GateTensors) -> None:
     """Backward: write the branches, which are gradients, from the concat and se.grad_mean."""
     _recalibrate(args, (se.attention, se.grad_mean, None, None), False)
 
@@ -162,7 +164,7 @@ def is_flat(args: TailArgs, block: int) -> bool:
     return dense and C * HW + block < 2**31
 
 
-def fc_grads(se: SETensors, grad_fc: SEWeights) -> None:
+def fc_grads(se: GateTensors, grad_fc: SEWeights) -> None:
     """Backward: write grad_fc, the gradients of the four fc tensors, from se.fc_grad_inputs."""
     B, S, C = se.squeeze.shape
     R = grad_fc.fc1_weight.shape[0]

@@ -18,10 +18,10 @@ from epsanet_fused.backends.triton import (
     psa_tail_norm_backward,
 )
 from epsanet_fused.backends.triton.common import (
+    GateTensors,
     NormGradTerms,
     NormTerms,
     SampleStats,
-    SETensors,
     SplitStats,
     TailTensors,
 )
@@ -119,7 +119,7 @@ def gradient_statistics(
     )
 
 
-def gate_backward(args: TailArgs, terms: NormGradTerms, se: SETensors) -> NormTerms:
+def gate_backward(args: TailArgs, terms: NormGradTerms, se: GateTensors) -> NormTerms:
     """Backward: write the gate's gradients into ``se``; return the terms of the branches'."""
     B, S, C, HW = args.sizes
     psa_tail_norm_backward.norm_gate_backward_kernel[(B,)](

@@ -18,7 +18,7 @@ from epsanet_fused.backends.triton.common import (
     tile_coords,
     tile_offsets,
 )
-from epsanet_fused.backends.triton.gate import select, select_backward
+from epsanet_fused.backends.triton.gate import excite_and_select, excite_and_select_backward
 
 
 @triton.jit
@@ -123,10 +123,10 @@ def _gate_sample(
     if se.grad_mean is None:
         m = total / HW
         tl.store(se.squeeze + offsets, m, mask=mask)
-        select(m, se.attention, se.fc, offsets, s, c, C, R, S, BLOCK_R, ACC)
+        excite_and_select(m, se.attention, se.fc, offsets, s, c, C, R, S, BLOCK_R, ACC)
     else:
         m = tl.load(se.squeeze + offsets, mask=mask, other=0.0)
-        grad_m = select_backward(
+        grad_m = excite_and_select_backward(
             total,
             m,
             se.attention,

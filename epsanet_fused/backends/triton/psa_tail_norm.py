@@ -16,7 +16,7 @@ from epsanet_fused.backends.triton.common import (
     split_total,
     tile_offsets,
 )
-from epsanet_fused.backends.triton.gate import select
+from epsanet_fused.backends.triton.gate import excite_and_select
 from epsanet_fused.backends.triton.normalize import affine, norm_scale
 
 
@@ -142,7 +142,7 @@ def _norm_gate_sample(
     m = tl.load(split_stats.first_pixel + offsets, mask=mask, other=0.0) + mean
     tl.store(stats.squeeze + offsets, m, mask=mask)
     tl.store(stats.m2 + offsets, m2, mask=mask)
-    select(m, stats.attention, fc, offsets, s, c, C, R, S, BLOCK_R, ACC)
+    excite_and_select(m, stats.attention, fc, offsets, s, c, C, R, S, BLOCK_R, ACC)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from epsanet_fused.backends.triton.common import extents, row_coords, split_coords, tile_offsets
-from epsanet_fused.backends.triton.gate import select_backward
+from epsanet_fused.backends.triton.gate import excite_and_select_backward
 from epsanet_fused.backends.triton.normalize import affine, norm_scale
 
 
@@ -218,7 +218,7 @@ def norm_gate_backward_kernel(
     offsets = (b * S + s)[:, None] * C + c[None, :]
     grad = tl.load(grad_attention + offsets, mask=mask, other=0.0)
     m = tl.load(squeeze + offsets, mask=mask, other=0.0)
-    grad_m = select_backward(
+    grad_m = excite_and_select_backward(
         grad, m, attention, fc, fc_grad_inputs, offsets, b, s, c, C, R, S, BLOCK_R, ACC
     )
     from_batch = tl.load(batch_grad_mean + offsets, mask=mask, other=0.0)
