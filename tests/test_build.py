@@ -153,7 +153,7 @@ def test_auto_without_a_toolkit_builds_the_cpu_kernels_and_records_why(source: P
     done = run_python("-c", code, cwd=site, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     _, cpu, _, cuda = done.stdout.splitlines()
-    assert cpu == "Backend(available=True, reason='')"
+    assert cpu == "BackendStatus(available=True, reason='')"
     assert "built without CUDA: no CUDA toolkit" in cuda
     assert "in /no where (yet); CUDA_HOME names another" in cuda
 
