@@ -25,10 +25,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SLOW_CASES = re.compile(
     r"tests/ops/.*(\[triton|compiles)"
     r"|tests/backends/(triton/test_launch|test_cuda_emulated)"
-    r"|tests/fusion/.*2048 to 64"
+    r"|tests/fusion/.*(2048 to 64|compiles)"
 )
-# Not 2, 3, 4 or 6, which would give the same of 2 memory formats and 3 dtypes each time.
-EVERY = 5
+# No multiple of 2 or 3, which would pick the same of 2 memory formats or 3 dtypes each time.
+EVERY = 7
 
 
 @pytest.hookimpl(tryfirst=True)
