@@ -9,7 +9,7 @@ OUT ?= out
 SECOND := .venv-integrations
 TIMM := $(shell sed -n 's/^timm==//p' requirements-integrations.txt)
 # The tests of the public functions, which run in the second environment, too.
-AGAIN := tests/ops tests/nn tests/fusion/test_fuse.py
+AGAIN := tests/ops tests/nn tests/fusion/test_fuse.py tests/fusion/test_modules.py
 
 .PHONY: bench test test-slow test-integrations test-sanitized test-matrix gpu-check digits lint clean
 
