@@ -38,7 +38,7 @@ def with_capability(capability: str, *command: str) -> subprocess.CompletedProce
     )
 
 
-# The tests by their ids: those of two shapes, and all but this one.
+# Two choices of tests by their ids: those of two shapes, and all but this one.
 @pytest.mark.parametrize(
     "which_tests",
     [
