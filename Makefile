@@ -20,7 +20,7 @@ bench: $(BUILT)
 test: $(BUILT)
 	$(VENV)/bin/python -m pytest tests --ignore=tests/gpu --ignore=tests/integrations -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600
 
-# The tests that `make test` leaves out, so that it ends in about five minutes: most cases of the
+# The tests that `make test` leaves out, so that it ends within five minutes: most cases of the
 # interpreted and emulated kernels, the Triton kernels compiled for all targets, a network that
 # learns, a build from scratch, and the like.
 test-slow: $(BUILT)

@@ -158,7 +158,13 @@ def test_auto_without_a_toolkit_builds_the_cpu_kernels_and_records_why(source: P
     assert "in /no where (yet); CUDA_HOME names another" in cuda
 
 
-@pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "no library"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"not a library", id="no library", marks=pytest.mark.slow),
+    ],
+)
 def test_a_library_that_does_not_load_leaves_a_working_package(
     tmp_path: Path, content: bytes
 ) -> None:

@@ -42,6 +42,7 @@ def test_the_example_of_readme_runs() -> None:
     assert names["fast"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_measurements")
 def test_the_examples_of_usage_run() -> None:
     use, operator, fuse, training = python_blocks(PATHS["usage.md"], needs_more=False)

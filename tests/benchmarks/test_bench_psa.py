@@ -88,7 +88,12 @@ def test_photos_are_the_default_input(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scope, stages", [("module", ["S4"]), ("block", ["S4"]), ("network", ["all"])]
+    "scope, stages",
+    [
+        ("module", ["S4"]),
+        ("block", ["S4"]),
+        pytest.param("network", ["all"], marks=pytest.mark.slow),
+    ],
 )
 def test_module_block_and_network_scopes(scope, stages, run_bench):
     status, rows = run_bench(

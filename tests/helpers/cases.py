@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +21,11 @@ from epsanet_fused.testing.accuracy import bound, evaluate, max_error, plain_tai
 # is the operator over plain PyTorch, as "auto" runs it without the compiled library.
 BACKENDS = ["reference", "fallback", "cpu", "triton"]
 OPERATOR_BACKENDS = ["fallback", "cpu", "triton"]
+
+
+def slow_if_interpreted(backends: list[str]) -> list[pytest.ParameterSet]:
+    """Mark Triton's cases as slow, for tests that call the operator a hundred times a case."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in backends]
 
 
 @contextmanager

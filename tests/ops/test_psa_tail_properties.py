@@ -15,6 +15,7 @@ from helpers.cases import (
     expected,
     make_case,
     run_by,
+    slow_if_interpreted,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,7 +42,7 @@ def arrange(case: Case, names: list[str]) -> Case:
     return case._replace(branches=branches, grad=ARRANGEMENTS[names[-1]](case.grad))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", slow_if_interpreted(BACKENDS))
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=shapes, arrangements=arrangements, dtype=st.sampled_from(sorted(DTYPES)))
 def test_any_input_gives_the_oracles_numbers(
@@ -53,13 +54,7 @@ def test_any_input_gives_the_oracles_numbers(
     assert_accurate(results, *expected(case))
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name == "triton"))
-        for name in OPERATOR_BACKENDS
-    ],
-)
+@pytest.mark.parametrize("backend", slow_if_interpreted(OPERATOR_BACKENDS))
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=shapes.filter(lambda s: s.B), arrangements=arrangements)
 def test_fake_and_real_strides_agree(backend: str, shape: Shape, arrangements: list[str]) -> None:

@@ -17,6 +17,7 @@ from helpers.cases import (
     expected,
     make_case,
     run_by,
+    slow_if_interpreted,
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -79,6 +80,7 @@ def test_opcheck_backward(backend: str, kind: str, branch_grads: bool, fc_grads:
     )
 
 
+@pytest.mark.parametrize("backend", slow_if_interpreted(OPERATOR_BACKENDS), indirect=True)
 def test_gradcheck(backend: str) -> None:
     branches, fc, _ = make_case(Shape(2, 2, 2, 1, 2, 2), torch.float64)
     leaves = [t.requires_grad_() for t in (*branches, *fc)]
