@@ -141,8 +141,9 @@ def test_fine_tuning_drops_a_classifier_of_other_classes(
 def test_cosine_schedule_moving_average_and_mixed_precision(digits: Path, folder: Path) -> None:
     out = folder / "average"
     schedule = ("--schedule", "cosine", "--warmup-epochs", 1, "--lr", 0.004, "--epochs", 3)
-    kinds = ("--ema", 0.5, "--amp", "--channels-last")
-    done = run_classification(digits, "--out", out, "--batch-size", 12, *schedule, *kinds, *SMALL)
+    # At 32 pixels oneDNN leaves a part of a gradient unset; see docs/numerics.md.
+    kinds = ("--batch-size", 12, "--amp", "--channels-last", *SMALL, "--image-size", 64)
+    done = run_classification(digits, "--out", out, *schedule, "--ema", 0.5, *kinds)
     assert done.returncode == 0, done.stderr
     # Two steps an epoch: the warm-up ends with the first epoch, the cosine takes four steps.
     rates = [float(row["lr"]) for row in rows_of(out / "log.csv")]
@@ -152,8 +153,7 @@ def test_cosine_schedule_moving_average_and_mixed_precision(digits: Path, folder
     assert any(not torch.equal(average[k], raw[k]) for k in raw)
     assert all(v.isfinite().all() for v in average.values())
     # --eval of the file gives the log's numbers, which are those of the average.
-    same = ("--amp", "--channels-last", "--batch-size", 12, *SMALL)
-    done = run_classification(digits, "--eval", "--weights", out / "checkpoint.pth.tar", *same)
+    done = run_classification(digits, "--eval", "--weights", out / "checkpoint.pth.tar", *kinds)
     row = rows_of(out / "log.csv")[-1]
     assert _metrics_in(done) == pytest.approx(
         {k: float(row[k]) for k in ("val_loss", "top1", "top5")}, abs=1e-4
