@@ -24,6 +24,11 @@ import torch
 from torch import Tensor
 
 from epsanet_fused.backends.interface import (
+    DTYPES,
+    NORM_ARGS,
+    SAVED_ARGS,
+    SE_ARGS,
+    STATS_ARGS,
     NormParams,
     NormStats,
     SEWeights,
@@ -35,26 +40,22 @@ from epsanet_fused.backends.interface import (
 
 LIBRARY_FILE = Path(__file__).parents[1] / "_C.abi3.so"
 
-_FC = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
-_TAIL = f"Tensor[] branches, {_FC}, Tensor? scale, Tensor? shift, bool relu, int path"
-_SAVED = "Tensor squeeze, Tensor attention"
-_NORM = "Tensor? gamma, Tensor? beta, float eps"
-_STATS = "Tensor squeeze, Tensor m2, Tensor attention, Tensor mean, Tensor var"
+_TAIL = f"Tensor[] branches, {SE_ARGS}, Tensor? scale, Tensor? shift, bool relu, int path"
 _LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 # The forwards also take fc weights with the 1 x 1 of a convolution. ``path`` is the number of a
 # psa::cuda::Path in csrc/cuda/cuda.h.
-_LIBRARY.define(f"psa_tail_native({_TAIL}) -> (Tensor out, {_SAVED})")
+_LIBRARY.define(f"psa_tail_native({_TAIL}) -> (Tensor out, {SAVED_ARGS})")
 _LIBRARY.define(f"psa_tail_inference({_TAIL}) -> Tensor")
 _LIBRARY.define(
-    f"psa_tail_native_backward(Tensor grad, Tensor[] branches, {_SAVED}, {_FC}, "
+    f"psa_tail_native_backward(Tensor grad, Tensor[] branches, {SAVED_ARGS}, {SE_ARGS}, "
     "bool branch_grads, bool fc_grads, int path) -> (Tensor[] grad_branches, Tensor[] grad_fc)"
 )
 _LIBRARY.define(
-    f"psa_tail_norm_native(Tensor[] branches, {_FC}, {_NORM}) -> (Tensor out, {_STATS})"
+    f"psa_tail_norm_native(Tensor[] branches, {SE_ARGS}, {NORM_ARGS}) -> (Tensor out, {STATS_ARGS})"
 )
 _LIBRARY.define(
-    f"psa_tail_norm_native_backward(Tensor grad, Tensor[] branches, {_STATS}, {_FC}, {_NORM}, "
-    "bool branch_grads, bool fc_grads, bool norm_grads) "
+    f"psa_tail_norm_native_backward(Tensor grad, Tensor[] branches, {STATS_ARGS}, {SE_ARGS}, "
+    f"{NORM_ARGS}, bool branch_grads, bool fc_grads, bool norm_grads) "
     "-> (Tensor[] grad_branches, Tensor[] grad_fc, Tensor[] grad_norm)"
 )
 _forward = torch.ops.epsanet_fused.psa_tail_native.default
@@ -190,9 +191,6 @@ class CompiledCpuBackend(CompiledBackend):
         return _norm_backward(grad, branches, *stats, *fc, *norm, *asked)
 
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def _check(branches: Sequence[Tensor], fc: SEWeights, *vectors: Tensor | None) -> None:
     """Raise ValueError for what the library's kernels refuse: the fake kernels must do so, too."""
     if len(branches) < 2 or branches[0].dim() != 4 or fc.fc1_weight.dim() < 2:
@@ -212,7 +210,7 @@ def _check(branches: Sequence[Tensor], fc: SEWeights, *vectors: Tensor | None) -
     if any(b.dtype != x.dtype for b in branches):
         raise ValueError("psa_tail: branches of two dtypes")
     for t in (*branches, *fc, *given):
-        if t.device != x.device or t.dtype not in _DTYPES or t.layout != torch.strided:
+        if t.device != x.device or t.dtype not in DTYPES or t.layout != torch.strided:
             raise ValueError("psa_tail: an argument has another device, dtype or layout")
 
 

@@ -11,9 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from epsanet_fused.utils.memory_format import accumulator_dtype, empty_grad, empty_output
+
+# The dtypes of branches and weights.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Arguments in the operators' schemas: the fields of SEWeights, NormParams and NormStats, and what
+# psa_tail saves for its backward.
+SE_ARGS = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
+NORM_ARGS = "Tensor? gamma, Tensor? beta, float eps"
+STATS_ARGS = "Tensor squeeze, Tensor m2, Tensor attention, Tensor mean, Tensor var"
+SAVED_ARGS = "Tensor squeeze, Tensor attention"
 
 
 class SEWeights(NamedTuple):
@@ -169,6 +179,6 @@ def empty_norm_backward(
     norm_grads: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return the uninitialized results of ``norm_backward``."""
-    affine = [p for p in (norm.gamma, norm.beta) if p is not None and norm_grads]
+    params = [p for p in (norm.gamma, norm.beta) if p is not None and norm_grads]
     grad_branches, grad_fc = empty_backward(branches, fc, branch_grads, fc_grads)
-    return grad_branches, grad_fc, [p.new_empty(p.shape) for p in affine]
+    return grad_branches, grad_fc, [p.new_empty(p.shape) for p in params]

@@ -139,7 +139,7 @@ def norm_forward(
         attention = _attention(squeeze, fc)
         mean, var = _batch_statistics(squeeze, m2, attention, _pixels(branches))  # (S, C)
         stats = NormStats(squeeze, m2, attention, _by_channel(mean), _by_channel(var))
-        normalized = _normalized(centered, _affine(stats, norm))
+        normalized = _normalized(centered, _sample_norm(stats, norm))
         parts = [F.relu(z).to(dtype) for z in normalized]
     out = torch.cat(parts[::-1], 1)
     return out.contiguous(memory_format=output_memory_format(branches)), stats
@@ -185,7 +185,7 @@ def _by_branch(vector: Tensor, like: Tensor) -> Tensor:
     return vector.to(like.dtype).view(like.shape[-2:]).flip(0)
 
 
-class _Affine(NamedTuple):
+class _SampleNorm(NamedTuple):
     """The norm of the tail's output as a function of the centered branches.
 
     It is ``weight * (x - squeeze) + shift`` in each sample and channel.
@@ -198,7 +198,7 @@ class _Affine(NamedTuple):
     scale: Tensor  # (S, C), invstd * gamma
 
 
-def _affine(stats: NormStats, norm: NormParams) -> _Affine:
+def _sample_norm(stats: NormStats, norm: NormParams) -> _SampleNorm:
     squeeze, _, attention, mean, var = stats
     invstd = torch.rsqrt(_by_branch(var, squeeze) + norm.eps)
     scale = invstd if norm.gamma is None else invstd * _by_branch(norm.gamma, squeeze)
@@ -206,12 +206,12 @@ def _affine(stats: NormStats, norm: NormParams) -> _Affine:
     shift = offset * scale
     if norm.beta is not None:
         shift = shift + _by_branch(norm.beta, squeeze)
-    return _Affine(attention * scale, shift, offset, invstd, scale)
+    return _SampleNorm(attention * scale, shift, offset, invstd, scale)
 
 
-def _normalized(centered: Sequence[Tensor], affine: _Affine) -> list[Tensor]:
+def _normalized(centered: Sequence[Tensor], sample: _SampleNorm) -> list[Tensor]:
     """Return the ReLU's input, S x (B, C, H, W): the same bits in the forward and the backward."""
-    weights, shifts = (t[..., None, None].unbind(1) for t in (affine.weight, affine.shift))
+    weights, shifts = (t[..., None, None].unbind(1) for t in (sample.weight, sample.shift))
     return [x * w + b for x, w, b in zip(centered, weights, shifts, strict=True)]
 
 
@@ -228,32 +228,32 @@ def norm_backward(
     """Return the gradients of the branches, fc, gamma and beta; see ``interface.NormBackend``."""
     squeeze, m2, attention, _, _ = stats
     pixels = _pixels(branches)
-    affine = _affine(stats, norm)
+    sample = _sample_norm(stats, norm)
     centered = _centered(branches, squeeze)
-    grads = _relu_backward(grad, _normalized(centered, affine))
+    grads = _relu_backward(grad, _normalized(centered, sample))
     sums = torch.stack([g.sum((2, 3), dtype=squeeze.dtype) for g in grads], 1)  # (B, S, C)
     pairs = zip(grads, centered, strict=True)
     products = torch.stack([(g * x).sum((2, 3)) for g, x in pairs], 1)  # (B, S, C)
     grad_beta = sums.sum(0)  # (S, C)
-    grad_gamma = affine.invstd * (attention * products + affine.offset * sums).sum(0)
+    grad_gamma = sample.invstd * (attention * products + sample.offset * sums).sum(0)
 
     # With p = attention * x, the norm gives p the gradient
     #     scale * (grad - grad_const - slope * attention * (x - squeeze)).
     # All is in terms of x - squeeze: where the mean is large, sums of x itself would cancel.
     n = max(len(squeeze) * pixels, 1)
-    slope = affine.invstd * grad_gamma / n  # (S, C)
-    grad_const = grad_beta / n + affine.offset * slope  # (B, S, C)
-    grad_attention = affine.scale * (
+    slope = sample.invstd * grad_gamma / n  # (S, C)
+    grad_const = grad_beta / n + sample.offset * slope  # (B, S, C)
+    grad_attention = sample.scale * (
         products - slope * attention * m2 + squeeze * (sums - pixels * grad_const)
     )
     grad_squeeze, grad_fc = _gate_backward(grad_attention, squeeze, attention, fc, fc_grads)
 
     grad_branches = []
     if branch_grads:
-        factor = -affine.weight * attention * slope
-        grad_mean = grad_squeeze / pixels - affine.weight * grad_const
+        factor = -sample.weight * attention * slope
+        grad_mean = grad_squeeze / pixels - sample.weight * grad_const
         for s, (g, x, c) in enumerate(zip(grads, branches, centered, strict=True)):
-            w, f, m = (t[:, s, :, None, None] for t in (affine.weight, factor, grad_mean))
+            w, f, m = (t[:, s, :, None, None] for t in (sample.weight, factor, grad_mean))
             grad_branches.append(empty_grad(x).copy_(w * g + f * c + m))
     grad_norm = []
     if norm_grads:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from epsanet_fused.backends.interface import SEWeights
+from epsanet_fused.backends.interface import DTYPES, SEWeights
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 
 
@@ -124,7 +123,7 @@ def _check_branches(branches: Sequence[Tensor]) -> None:
 def _check_tensor(name: str, value: Tensor, device: torch.device | None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"psa_tail: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
+    if value.dtype not in DTYPES:
         raise TypeError(f"psa_tail: {name} must be {_DTYPE_NAMES}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"psa_tail: {name} must be a dense tensor, got layout {value.layout}")

@@ -14,21 +14,25 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from epsanet_fused.backends.interface import SEWeights, empty_backward, empty_forward
+from epsanet_fused.backends.interface import (
+    SAVED_ARGS,
+    SE_ARGS,
+    SEWeights,
+    empty_backward,
+    empty_forward,
+)
 from epsanet_fused.backends.registry import current_backend, get_backend, resolve
 from epsanet_fused.ops.checks import check_psa_tail
 
 _ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
 
-_FC = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
-_SAVED = "Tensor squeeze, Tensor attention"
 _LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 _LIBRARY.define(
-    f"psa_tail(Tensor[] branches, {_FC}, Tensor? scale, Tensor? shift, bool relu, str backend) "
-    f"-> (Tensor out, {_SAVED})"
+    f"psa_tail(Tensor[] branches, {SE_ARGS}, Tensor? scale, Tensor? shift, bool relu, str backend) "
+    f"-> (Tensor out, {SAVED_ARGS})"
 )
 _LIBRARY.define(
-    f"psa_tail_backward(Tensor grad, Tensor[] branches, {_SAVED}, {_FC}, "
+    f"psa_tail_backward(Tensor grad, Tensor[] branches, {SAVED_ARGS}, {SE_ARGS}, "
     "bool branch_grads, bool fc_grads, str backend) -> (Tensor[] grad_branches, Tensor[] grad_fc)"
 )
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from epsanet_fused.backends import defaults
 from epsanet_fused.backends.interface import (
+    NORM_ARGS,
+    SE_ARGS,
+    STATS_ARGS,
     NormBackend,
     NormParams,
     NormStats,
@@ -32,16 +35,14 @@ from epsanet_fused.ops.psa_tail import (
     refuse_second_derivative,
 )
 
-_FC = "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
-_NORM = "Tensor? gamma, Tensor? beta, float eps"
-_STATS = "Tensor squeeze, Tensor m2, Tensor attention, Tensor mean, Tensor var"
 _LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 _LIBRARY.define(
-    f"psa_tail_norm(Tensor[] branches, {_FC}, {_NORM}, str backend) -> (Tensor out, {_STATS})"
+    f"psa_tail_norm(Tensor[] branches, {SE_ARGS}, {NORM_ARGS}, str backend) "
+    f"-> (Tensor out, {STATS_ARGS})"
 )
 _LIBRARY.define(
-    f"psa_tail_norm_backward(Tensor grad, Tensor[] branches, {_STATS}, {_FC}, {_NORM}, "
-    "bool branch_grads, bool fc_grads, bool norm_grads, str backend) "
+    f"psa_tail_norm_backward(Tensor grad, Tensor[] branches, {STATS_ARGS}, {SE_ARGS}, "
+    f"{NORM_ARGS}, bool branch_grads, bool fc_grads, bool norm_grads, str backend) "
     "-> (Tensor[] grad_branches, Tensor[] grad_fc, Tensor[] grad_norm)"
 )
 
@@ -87,8 +88,8 @@ def psa_tail_norm(
     if name == "reference":
         return F.relu(norm(psa_tail(branches, *fc)))
     if not torch.compiler.is_compiling():
-        affine = [p for p in (norm.weight, norm.bias) if p is not None]
-        refuse_forward_mode("psa_tail_norm", branches, (*fc, *affine))
+        params = [p for p in (norm.weight, norm.bias) if p is not None]
+        refuse_forward_mode("psa_tail_norm", branches, (*fc, *params))
     out, *_, mean, var = torch.ops.epsanet_fused.psa_tail_norm(
         branches, *as_matrices(fc), norm.weight, norm.bias, norm.eps, name
     )
@@ -214,12 +215,12 @@ def _autograd(ctx: Any, grad: Tensor | None, *_grad_stats: None) -> tuple[Any, .
         return no_branches, *[None] * 8
     wants_branches, *wants = ctx.needs_input_grad[:7]
     asked = (any(wants_branches), any(wants[:4]), any(wants[4:]))
-    grad_branches, grad_fc, grad_norm = torch.ops.epsanet_fused.psa_tail_norm_backward(
+    grad_branches, grad_fc, found = torch.ops.epsanet_fused.psa_tail_norm_backward(
         grad, branches, *stats_and_fc, gamma, beta, ctx.eps, *asked, ctx.backend
     )
-    left = iter(grad_norm)
-    grad_affine = [None if p is None else next(left, None) for p in (gamma, beta)]
-    return grad_branches or no_branches, *(grad_fc or [None] * 4), *grad_affine, None, None
+    left = iter(found)
+    grad_norm = [None if p is None else next(left, None) for p in (gamma, beta)]
+    return grad_branches or no_branches, *(grad_fc or [None] * 4), *grad_norm, None, None
 
 
 torch.library.register_autograd(

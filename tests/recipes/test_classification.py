@@ -141,7 +141,7 @@ def test_fine_tuning_drops_a_classifier_of_other_classes(
 def test_cosine_schedule_moving_average_and_mixed_precision(digits: Path, folder: Path) -> None:
     out = folder / "average"
     schedule = ("--schedule", "cosine", "--warmup-epochs", 1, "--lr", 0.004, "--epochs", 3)
-    # At 32 pixels oneDNN leaves a part of a gradient unset; see docs/numerics.md.
+    # At 32 pixels oneDNN does not write all of a gradient; see docs/numerics.md.
     kinds = ("--batch-size", 12, "--amp", "--channels-last", *SMALL, "--image-size", 64)
     done = run_classification(digits, "--out", out, *schedule, "--ema", 0.5, *kinds)
     assert done.returncode == 0, done.stderr

@@ -76,16 +76,6 @@ class SplitStats(NamedTuple):
     m2: Tensor  # (B, splits, S, C), around the split's own mean
 
 
-class SampleStats(NamedTuple):
-    """NormStats of psa_tail_norm, with None for those that a kernel doesn't take."""
-
-    squeeze: Tensor
-    m2: Tensor | None
-    attention: Tensor
-    mean: Tensor | None = None
-    var: Tensor | None = None
-
-
 class NormGradTerms(NamedTuple):
     """The results of gradient_statistics_kernel for each sample, all (B, S, C)."""
 

@@ -21,7 +21,6 @@ from epsanet_fused.backends.triton.common import (
     GateTensors,
     NormGradTerms,
     NormTerms,
-    SampleStats,
     SplitStats,
     TailTensors,
 )
@@ -43,13 +42,12 @@ def m2_and_gate(args: TailArgs, stats: NormStats, fc: SEWeights) -> None:
     cfg = _sum_config(args)
     sums, m2 = stats.squeeze.new_empty((2, B, cfg.splits, S, C))
     split_stats = SplitStats(torch.empty_like(stats.squeeze), sums, m2)
-    samples = SampleStats(stats.squeeze, stats.m2, stats.attention)
     tail = TailTensors(args.branches, args.branch_strides)
     sum_constants = sum_arguments(args, cfg)
     gate_constants = gate_arguments(S, C, R=fc.fc1_weight.shape[0])
     if cfg.fused_gate:
         psa_tail_norm.m2_gate_kernel[(B,)](
-            tail, split_stats, samples, fc, **sum_constants, **gate_constants
+            tail, split_stats, stats, fc, **sum_constants, **gate_constants
         )
         return
     psa_tail_norm.m2_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
@@ -57,7 +55,7 @@ def m2_and_gate(args: TailArgs, stats: NormStats, fc: SEWeights) -> None:
     )
     psa_tail_norm.norm_gate_kernel[(B,)](
         split_stats,
-        samples,
+        stats,
         fc,
         C=C,
         HW=HW,
@@ -87,7 +85,7 @@ def gradient_sums(args: TailArgs, stats: NormStats, norm: NormParams) -> tuple[T
         args.tensors,
         sums,
         products,
-        SampleStats(stats.squeeze, None, stats.attention, stats.mean, stats.var),
+        stats,
         norm.gamma,
         norm.beta,
         splits=cfg.splits,

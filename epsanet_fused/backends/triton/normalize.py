@@ -27,7 +27,7 @@ def norm_scale(batch_var, gamma, k, mask, EPS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def affine(a, m, batch_mean, scale, beta, k, mask, ACC: tl.constexpr):
+def sample_norm(a, m, batch_mean, scale, beta, k, mask, ACC: tl.constexpr):
     """Return the norm of a * x as weight * (x - m) + shift, and a * m - batch_mean.
 
     Products and sums are fused explicitly and not by the compiler's choice: backward must get the

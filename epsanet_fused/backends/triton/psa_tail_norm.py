@@ -17,7 +17,7 @@ from epsanet_fused.backends.triton.common import (
     tile_offsets,
 )
 from epsanet_fused.backends.triton.gate import excite_and_select
-from epsanet_fused.backends.triton.normalize import affine, norm_scale
+from epsanet_fused.backends.triton.normalize import norm_scale, sample_norm
 
 
 @triton.jit
@@ -301,6 +301,6 @@ def statistics_kernel(
         _, rows, mask = row_coords(b0, i, B, S * C, BLOCK_B)
         a = tl.load(stats.attention + rows, mask=mask, other=0.0)
         m = tl.load(stats.squeeze + rows, mask=mask, other=0.0)
-        row_weight, row_shift, _ = affine(a, m, batch_mean, scale, beta, k, k_mask, ACC)
+        row_weight, row_shift, _ = sample_norm(a, m, batch_mean, scale, beta, k, k_mask, ACC)
         tl.store(weight + rows, row_weight, mask=mask)
         tl.store(shift + rows, row_shift, mask=mask)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from epsanet_fused.backends.triton.common import extents, row_coords, split_coords, tile_offsets
 from epsanet_fused.backends.triton.gate import excite_and_select_backward
-from epsanet_fused.backends.triton.normalize import affine, norm_scale
+from epsanet_fused.backends.triton.normalize import norm_scale, sample_norm
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def gradient_sum_kernel(
         batch_mean = tl.load(stats.mean + first_k + c, mask=c < C, other=0.0)
         batch_var = tl.load(stats.var + first_k + c, mask=c < C, other=0.0)
         scale = norm_scale(batch_var, gamma, first_k + c, c < C, EPS, ACC)
-        weight, shift, _ = affine(a, m, batch_mean, scale, beta, first_k + c, c < C, ACC)
+        weight, shift, _ = sample_norm(a, m, batch_mean, scale, beta, first_k + c, c < C, ACC)
         total, product = _channel_grad_sums(
             tail.branches[s],
             tail.branch_strides[s],
@@ -179,7 +179,9 @@ def gradient_statistics_kernel(
             a = tl.load(stats.attention + rows, mask=mask, other=0.0)
             m = tl.load(stats.squeeze + rows, mask=mask, other=0.0)
             m2 = tl.load(stats.m2 + rows, mask=mask, other=0.0)
-            row_weight, row_shift, offset = affine(a, m, batch_mean, scale, beta, k, k_mask, ACC)
+            row_weight, row_shift, offset = sample_norm(
+                a, m, batch_mean, scale, beta, k, k_mask, ACC
+            )
             grad_const = beta_sum / HW / B + offset * slope  # subtracted at x = m, before weight
             grad_a = scale * (product - slope * a * m2 + m * (total - HW * grad_const))
             tl.store(terms.grad_attention + rows, grad_a, mask=mask)
