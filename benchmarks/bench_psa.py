@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 # Otherwise the profiler that measures memory prints a line on stderr at each start.
@@ -49,6 +50,7 @@ from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave
 NECESSARY = {"inference": 2, "training": 5, "backward": 3}
 # The largest share of the remaining time that one point may spend on preparing its providers.
 MAX_PREPARE_SHARE = 0.7
+PAIR_SECONDS = 4.0
 
 
 class Candidate(NamedTuple):
@@ -82,6 +84,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache", choices=("warm", "cold"), nargs="+", default=["warm"], help=cache_help)
     add("--providers", choices=tuple(PROVIDERS), nargs="+", help="default: all that can run here")
     add("--threads", type=positive_int, help="CPU threads; default: 1 if the CPU is timed")
+    each_help = "time each provider against the first as soon as it is ready; write its rows"
+    add("--one-by-one", action="store_true", help=each_help)
+    add("--plan-file", type=Path, help="of convolution plans, to read and to extend")
     add("--input", choices=("photos", "randn"), default="photos")
     add("--no-plot", action="store_true", help="write the CSV file only")
     add("--reps", type=positive_int, default=200, help="largest number of samples of a timing")
@@ -150,7 +155,7 @@ class Bench:
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
         self.names = [name for name in args.providers if name not in self.skipped]
         baselines = dict.fromkeys(filter(None, map(baseline_of, self.names)))
-        self.source = Source(args.input, self.device, baselines)
+        self.source = Source(args.input, self.device, baselines, args.plan_file)
 
     # Dynamo counts all compilations of one forward together, and gives up without an error.
     @torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True)
@@ -167,10 +172,40 @@ class Bench:
         # The compilations of earlier points would count against the limit above.
         torch._dynamo.reset()
         points = [Point(s, self.source.workload(s)) for s in each_memory_format(settings)]
+        if self.args.one_by_one:
+            self._measure_one_by_one(settings, points, began + left)
+            return
         candidates = self._prepare_all(settings, points, began + MAX_PREPARE_SHARE * left)
         self._measure_memory(candidates)
         seconds_left = max(0.0, seconds - (time.perf_counter() - began))
         self._time(settings, points[0].workload, candidates, seconds_left)
+
+    def _measure_one_by_one(
+        self, settings: Settings, points: Sequence[Point], deadline: float
+    ) -> None:
+        """Time each provider against the first one, and write its rows before the next is made."""
+        checkers = NetworkCheckers(points[0].workload, points[0].settings)
+        names = [n for n in self.names if PROVIDERS[n].fits(settings.scope, settings.mode)]
+        first: dict[str, Candidate] = {}
+        for i, name in enumerate(names):
+            if first and time.perf_counter() > deadline:
+                self.rows.append(self.row(settings, name) | {"note": OUT_OF_TIME})
+                continue
+            candidate = self._prepare_best(name, points, checkers)
+            self._measure_memory({name: candidate})
+            first = first or {name: candidate}
+            known = len(self.rows)
+            seconds = min(PAIR_SECONDS, max(0.0, deadline - time.perf_counter()))
+            self._time(settings, points[0].workload, first | {name: candidate}, seconds)
+            if i:  # the first one's rows are those of its own turn
+                self.rows[known:] = [r for r in self.rows[known:] if r["provider"] == name]
+            self.write()
+            del candidate
+            gc.collect()
+
+    def write(self) -> None:
+        """Write all rows so far."""
+        write_csv(self.args.out / "bench_psa.csv", self.rows)
 
     def _prepare_all(
         self, settings: Settings, points: Sequence[Point], deadline: float
@@ -179,18 +214,23 @@ class Bench:
         checkers = NetworkCheckers(points[0].workload, points[0].settings)
         found: dict[str, Candidate] = {}
         for name in self.names:
-            provider = PROVIDERS[name]
-            if not provider.fits(settings.scope, settings.mode):
+            if not PROVIDERS[name].fits(settings.scope, settings.mode):
                 continue
             if found and time.perf_counter() > deadline:
                 found[name] = Candidate(self.row(settings, name) | {"note": OUT_OF_TIME}, None)
                 continue
-            tried = points[:1] if provider.chooses_memory_format else points
-            candidates = [self._prepare(name, point, checkers) for point in tried]
-            found[name] = best = self._fastest(candidates)
-            wrong = [c.row for c in candidates if c.row["ok"] is False and c is not best]
-            self.rows += wrong
+            found[name] = self._prepare_best(name, points, checkers)
         return found
+
+    def _prepare_best(
+        self, name: str, points: Sequence[Point], checkers: NetworkCheckers
+    ) -> Candidate:
+        """Prepare and check a provider in its faster memory format."""
+        tried = points[:1] if PROVIDERS[name].chooses_memory_format else points
+        candidates = [self._prepare(name, point, checkers) for point in tried]
+        best = self._fastest(candidates)
+        self.rows += [c.row for c in candidates if c.row["ok"] is False and c is not best]
+        return best
 
     def _prepare(self, name: str, point: Point, checkers: NetworkCheckers) -> Candidate:
         """Prepare a provider, run it once and compare its result with the expected one."""
@@ -292,6 +332,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     if threads := args.threads or (1 if args.device.type == "cpu" else None):
         torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # for all providers alike
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     points = sweep(args)
@@ -305,9 +346,9 @@ def run(args: argparse.Namespace) -> int:
                 bench.measure(settings, left / (len(points) - i), left)
         except RuntimeError as error:
             bench.fail(settings, error)
-        write_csv(args.out / "bench_psa.csv", bench.rows)  # the rows so far survive a crash
+        bench.write()  # the rows so far survive a crash
         gc.collect()
-    write_csv(args.out / "bench_psa.csv", bench.rows)
+    bench.write()
     print(table([row for row in bench.rows if row["provider"] != "all"]))
     for line in notes(bench):
         print(line)

@@ -29,6 +29,7 @@ from xml.etree import ElementTree
 
 import torch
 from gpu_plan import (
+    PARTS,
     ROOT,
     SANITIZERS,
     TOTAL_SECONDS,
@@ -52,8 +53,8 @@ CUDA_BIN = "/usr/local/cuda/bin"
 # results.csv.
 FILES = (
     "env.json",
-    "gpu-tests.xml",
-    "conv-cost/conv_cost.csv",
+    "plan-cost/plan_cost.csv",
+    "plan-cost/plans.json",
     "tune/tune_triton.csv",
     "counters/counters.csv",
 )
@@ -163,8 +164,8 @@ def collect(scratch: Path, out: Path, earlier: Sequence[CsvRow]) -> dict[str, li
 
 def with_counts(outcome: Outcome, scratch: Path) -> Outcome:
     """Add the numbers of tests, or of rows that were skipped for lack of time, to an outcome."""
-    report = scratch / "gpu-tests.xml"
-    if outcome.name == "tests" and report.exists():
+    report = scratch / f"{outcome.name}.xml"
+    if report.exists():
         try:
             suite = next(ElementTree.parse(report).iter("testsuite"))
         except ElementTree.ParseError:  # it was killed while it wrote
@@ -230,6 +231,9 @@ def run(out: Path, scratch: Path, names: Sequence[str] | None, total: float) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
+    part_help = "the steps of one of the three parts of a whole check"
+    parser.add_argument("--part", type=int, choices=tuple(PARTS), help=part_help)
+    parser.add_argument("--scratch", type=Path, help="the steps' own files; default: temporary")
     parser.add_argument(
         "--steps", nargs="+", metavar="STEP", help="only these, in the order of the plan"
     )
@@ -237,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=positive_float, default=TOTAL_SECONDS, help=seconds_help)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_args(argv)
+    args.steps = args.steps or (PARTS[args.part] if args.part else None)
     # ncu and compute-sanitizer are often installed there without being on PATH.
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), CUDA_BIN))
     try:
@@ -249,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_check.py: PyTorch finds no GPU here", file=sys.stderr)
         return NO_GPU
+    if args.scratch is not None:
+        return run(args.out.resolve(), args.scratch.resolve(), args.steps, args.seconds)
     with tempfile.TemporaryDirectory() as scratch:
         return run(args.out.resolve(), Path(scratch), args.steps, args.seconds)
 

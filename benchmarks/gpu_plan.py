@@ -23,6 +23,7 @@ TOTAL_SECONDS = 515.0
 GRACE_SECONDS = 15.0
 SANITIZERS = ("memcheck", "racecheck")
 BACKENDS = " ".join(("triton", *PATHS))
+LARGE = "two_to_the_31"  # these tests need most of the GPU's memory
 PLANNED = "planned planned-triton planned-compile"
 # When the time is over, the last ones are skipped: max-autotune takes the longest to compile.
 OURS_FIRST = (
@@ -30,6 +31,24 @@ OURS_FIRST = (
 )
 BOTH_FORMATS = "--memory-format nchw channels_last"
 HALF_BEST = "--memory-format best --dtype float16"
+
+
+# The whole check takes three commands of at most nine minutes each: the parts.
+PARTS: dict[int, tuple[str, ...]] = {
+    1: (
+        *("environment", "large-tests", "tests", "memcheck", "network-inference-warm-up"),
+        *("network-training-warm-up", "network-batch-1-warm-up", "tail-forward", "tail-backward"),
+        "plan-cost",
+    ),
+    2: (
+        *("environment", "network-inference", "network-training", "network-inference-nchw"),
+        *("network-training-nchw", "network-batch-1", "module"),
+    ),
+    3: (
+        *("environment", "counters", "tail-compiled", "tune", "norm-training"),
+        *("tail-forward-dtypes", "tail-backward-dtypes", "racecheck"),
+    ),
+}
 
 
 class Step(NamedTuple):
@@ -59,16 +78,21 @@ def plan(scratch: Path, names: Sequence[str] | None = None) -> tuple[list[Step],
     """
     describe = (sys.executable, str(HERE / "environment.py"), str(scratch / "env.json"))
     compiled = compiled_steps(scratch)
+    memcheck, racecheck = sanitizer_steps(scratch)
+    plans = "--batch 128 1 --use inference training"
     steps = [
-        Step("environment", describe, 15, "check"),
         *build_steps(),
-        tests_step(scratch),
-        *sanitizer_steps(scratch),
+        Step("environment", describe, 10, "check"),
+        tests_step(scratch, "large-tests", LARGE)._replace(weight=45, concurrent=False),
+        tests_step(scratch, "tests", f"not ({LARGE})"),
+        memcheck,
         *(warm_up(step) for step in compiled),
         *tail_steps(scratch),
-        norm_step(scratch),
+        measurement(scratch, "plan-cost", 160, "plan_cost.py", plans),
         *compiled,
-        measurement(scratch, "conv-cost", 35, "conv_cost.py"),
+        norm_step(scratch),
+        *wide_tail_steps(scratch),
+        racecheck._replace(concurrent=False, weight=60),
     ]
     chosen = steps
     if names is not None:
@@ -82,16 +106,20 @@ def plan(scratch: Path, names: Sequence[str] | None = None) -> tuple[list[Step],
     return [step for step in chosen if step.name not in missing], missing
 
 
-def tests_step(scratch: Path) -> Step:
-    """Run the GPU tests, with xdist and pytest-timeout if they are installed."""
+def tests_step(scratch: Path, name: str, which: str) -> Step:
+    """Run the GPU tests that ``pytest -k`` selects, with xdist and pytest-timeout if installed."""
     command = (sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"), "--tb=short")
-    command += ("-p", "no:cacheprovider", f"--junitxml={scratch / 'gpu-tests.xml'}")
+    # pytest-benchmark warns beside xdist, and a warning is an error.
+    command += ("-p", "no:cacheprovider", "-p", "no:benchmark", "-k", which)
+    command += (f"--junitxml={scratch / f'{name}.xml'}",)
+    if which == LARGE:
+        return Step(name, command, 145, "check")
     if importlib.util.find_spec("xdist"):  # compiling kernels takes most of the time
         workers = max(1, min(10, (os.cpu_count() or 1) - 4))
         command += ("-v", "-n", str(workers), "--dist", "loadgroup")
     if importlib.util.find_spec("pytest_timeout"):
         command += ("--timeout", "100")
-    return Step("tests", command, 145, "check", concurrent=True)
+    return Step(name, command, 145, "check", concurrent=True)
 
 
 def build_steps() -> list[Step]:
@@ -115,14 +143,23 @@ def psa(scratch: Path, name: str, weight: float, scope: str, mode: str, options:
     return measurement(scratch, name, weight, "bench_psa.py", f"{fixed} {options}")
 
 
-def tail_steps(scratch: Path) -> list[Step]:
-    """Time the tail by every backend at every size, memory format and dtype."""
-    options = f"{BOTH_FORMATS} --cache cold warm --batch 128 1 32 256"
-    options += " --dtype float16 bfloat16 float32"
-    options += f" --providers eager cleaned {BACKENDS} fused-graph"
+def tail_steps(scratch: Path, dtypes: str = "float16", batches: str = "128 1 32 256") -> list[Step]:
+    """Time the tail by every backend at every size and memory format."""
+    options = f"{BOTH_FORMATS} --cache cold warm --batch {batches} --dtype {dtypes}"
+    options += f" --providers eager cleaned {BACKENDS}"
     return [
-        psa(scratch, "tail-forward", 45, "tail", "inference", options),
-        psa(scratch, "tail-backward", 45, "tail", "backward", options),
+        psa(scratch, "tail-forward", 70, "tail", "inference", options),
+        psa(scratch, "tail-backward", 70, "tail", "backward", options),
+    ]
+
+
+def wide_tail_steps(scratch: Path) -> list[Step]:
+    """Time the tail in the other dtypes, at the largest stages' usual batch."""
+    steps = tail_steps(scratch, "bfloat16 float32", "128")
+    names = ("tail-forward-dtypes", "tail-backward-dtypes")
+    return [
+        step._replace(name=name, weight=30, command=(*step.command[:-1], str(scratch / name)))
+        for step, name in zip(steps, names, strict=True)
     ]
 
 
@@ -172,22 +209,40 @@ def compiled_steps(scratch: Path) -> list[Step]:
     Training is in mixed precision. The most important providers come first: when a step's time is
     over, the remaining ones are skipped.
     """
-    network = f"{HALF_BEST} --batch 128 --providers eager"
+    half = "--dtype float16 --one-by-one --memory-format"
+    ours = f"{half} channels_last --batch 128 --providers eager"
+    theirs = f"{half} nchw --batch 128 --providers eager"
+    plans = f"--plan-file {scratch / 'plan-cost' / 'plans.json'}"
     inference = (
-        "optimized-graph resnet50:eager compile-reduce-overhead resnet50:compile-reduce-overhead"
-        " compile optimized resnet50:optimized-graph fused fused-graph eager-graph"
+        "optimized optimized-graph resnet50:eager resnet50:optimized-graph compile"
+        " resnet50:compile fused fused-graph eager-graph"
     )
-    training = (
-        "planned-triton compile resnet50:eager fused resnet50:compile triton planned-compile"
-        " fused-compile"
+    training = "fused triton cuda planned planned-triton resnet50:eager compile resnet50:compile"
+    single = (
+        "optimized-graph eager-graph compile-reduce-overhead resnet50:eager-graph"
+        " resnet50:optimized-graph optimized fused cuda"
     )
-    module = f"{HALF_BEST} --batch 1 128 --providers {OURS_FIRST} fused-compile"
+    module = f"{HALF_BEST} --batch 1 --one-by-one --providers {OURS_FIRST} cuda triton"
     tail = f"--dtype float16 --batch 128 --cache cold --stages S1 S2 --providers {OURS_FIRST}"
     return [
-        psa(scratch, "module", 35, "module", "inference training", module),
-        psa(scratch, "network-inference", 110, "network", "inference", f"{network} {inference}"),
-        psa(scratch, "network-training", 80, "network", "training", f"{network} {training}"),
-        psa(scratch, "tail-compiled", 40, "tail", "inference training", tail),
+        psa(
+            scratch, "network-inference", 150, "network", "inference", f"{plans} {ours} {inference}"
+        ),
+        psa(scratch, "network-training", 120, "network", "training", f"{plans} {ours} {training}"),
+        psa(
+            scratch, "network-inference-nchw", 40, "network", "inference", f"{theirs} compile fused"
+        ),
+        psa(scratch, "network-training-nchw", 40, "network", "training", f"{theirs} compile fused"),
+        psa(
+            scratch,
+            "network-batch-1",
+            100,
+            "network",
+            "inference",
+            f"{plans} {half} channels_last --batch 1 --providers eager {single}",
+        ),
+        psa(scratch, "module", 60, "module", "inference", module),
+        psa(scratch, "tail-compiled", 60, "tail", "inference training", tail),
     ]
 
 
@@ -204,7 +259,9 @@ def extra_steps(scratch: Path) -> list[Step]:
     autotuned_training = f"{autotuned} planned-triton resnet50:compile-max-autotune"
     return [
         measurement(scratch, "tune", 150, "tune_triton.py"),
-        measurement(scratch, "counters", 100, "counters.py")._replace(needs="ncu"),
+        measurement(scratch, "counters", 100, "counters.py", "--stages S1 S2 S4")._replace(
+            needs="ncu"
+        ),
         psa(scratch, "block-inference", 60, "block", "inference", f"{block} optimized-graph"),
         psa(scratch, "block-training", 60, "block", "training", f"{block} {PLANNED}"),
         psa(

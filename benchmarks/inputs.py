@@ -9,9 +9,11 @@ calibrated on the same images, which gives activations of a usual size.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -111,6 +113,7 @@ class Workload:
     inputs: tuple[Tensor, ...]  # training computes the gradient of each that requires one
     output_bytes: int | None  # N, the bytes of the tail's output; None for other scopes
     baselines: Mapping[str, Workload] = field(default_factory=dict)  # other networks, by name
+    plan_file: Path | None = None  # of convolution plans, see ef.plan_convs
 
 
 class Source:
@@ -120,10 +123,18 @@ class Source:
         kind: "photos" or "randn".
         device: where the workloads run.
         baselines: names of the networks that are compared with EPSANet.
+        plan_file: the plan file of all workloads.
     """
 
-    def __init__(self, kind: str, device: torch.device, baselines: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        kind: str,
+        device: torch.device,
+        baselines: Iterable[str] = (),
+        plan_file: Path | None = None,
+    ) -> None:
         self.device = device
+        self._plan_file = plan_file
         self._baseline_names = tuple(baselines)
         self._photos = load_photos() if kind == "photos" else None
 
@@ -136,7 +147,7 @@ class Source:
             "block": self._block,
             "network": self._whole_network,
         }
-        return make[settings.scope](settings)
+        return dataclasses.replace(make[settings.scope](settings), plan_file=self._plan_file)
 
     def _tail(self, settings: Settings) -> Workload:
         module = self._psa(settings.stage)

@@ -120,7 +120,12 @@ def optimized(workload: Workload, cuda_graph: bool = False) -> nn.Module:
     if cuda_graph:  # reuse the rewrites: their search takes long
         made = GraphedModel(optimized(workload), workload.inputs)
     else:
-        made = ef.optimize_for_inference(workload.literal, *workload.inputs)
+        x = workload.inputs[0]
+        # On a GPU the search takes minutes, and 16-bit convolutions run in channels_last there.
+        known = torch.channels_last if x.is_cuda and x.dtype.itemsize == 2 else None
+        made = ef.optimize_for_inference(
+            workload.literal, x, memory_format=known, plan_file=workload.plan_file
+        )
         print(f"\n{made.report}\n", file=sys.stderr)
     del _optimized_models[:-3]  # models of earlier cases
     _optimized_models.append((workload.literal, cuda_graph, made))
@@ -140,7 +145,7 @@ def _planned(
     module = copy.deepcopy(workload.fused)
     device = workload.inputs[0].device.type
     with torch.autocast(device, autocast) if autocast else nullcontext():
-        plans = ef.plan_convs(module, workload.inputs, training=True)
+        plans = ef.plan_convs(module, workload.inputs, training=True, file=workload.plan_file)
     ef.use_plans(module, plans)
     return prepare(dataclasses.replace(workload, fused=module), mode, autocast)
 

@@ -24,7 +24,7 @@ from epsanet_fused.utils.atomic_write import write_atomically
 from epsanet_fused.utils.capture import inputs_of
 from epsanet_fused.utils.device_info import conv_eps, device_name, library_versions
 from epsanet_fused.utils.progress import progress
-from epsanet_fused.utils.timing import Clock, Variant, interleave, make_clock
+from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave, make_clock
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TILES = tuple(itertools.product((1, 2, 4), (1, 2, 4, 8)))[1:]
@@ -33,6 +33,9 @@ TILES = tuple(itertools.product((1, 2, 4), (1, 2, 4, 8)))[1:]
 TALL_TILES = ((2, 1), (4, 1))
 # A group with more channels than this after tiling is not tiled: that has never been faster.
 MAX_WIDTH = 32
+# On CUDA devices: a matrix unit makes 64 outputs at a time, and half of them are worth a try.
+CUDA_TILES = ((1, 2), (2, 2), (2, 4), (4, 4))
+CUDA_WIDTHS = range(32, 65)
 # A candidate that takes this many times as long as the fastest one is not timed a second time.
 GIVE_UP_FACTOR = 1.5
 REPS, SECONDS = 15, 0.4
@@ -128,7 +131,8 @@ def plan_convs(
         example_input: the input to call it with: a tensor, or a tuple of arguments.
         memory_format: of the activations; None takes the format of each convolution's input.
         training: measure forward and backward together, with merged groups only.
-        file: a JSON file of plans to read and to extend; it serves all machines of the same kind.
+        file: a JSON file of plans to read, and to extend after each convolution; it serves all
+            machines of the same kind.
 
     Returns:
         The plan of each grouped convolution, by its name in ``module``. Convolutions that the
@@ -137,23 +141,36 @@ def plan_convs(
     Raises:
         ValueError: if ``file`` holds no plans.
     """
-    psas = {name: m for name, m in module.named_modules() if is_psa(m)}
-    convs = {name: conv for name, conv in _branch_convs(psas).items() if conv.groups > 1}
-    problems = {
-        name: _make_problem(convs[name], x, memory_format, training)
-        for name, x in inputs_of(convs, module, example_input).items()
-    }
+    problems = find_problems(module, example_input, memory_format, training)
     path = None if file is None else Path(file)
-    stored = _read(path) if path is not None and path.exists() else {}
+    stored = read_plans(path) if path is not None and path.exists() else {}
     _plan_cache.update(stored)
     keys = {name: problem.key() for name, problem in problems.items()}
     new = {keys[name]: p for name, p in problems.items() if keys[name] not in _plan_cache}
     if new:
         for _, (key, problem) in progress(list(new.items()), "convolution", _describe):
             _plan_cache[key] = fastest(problem)
+            if path is not None:  # at once: a search that is stopped keeps what it has found
+                stored[key] = _plan_cache[key]
+                write_plans(path, stored)
     if path is not None and not stored.keys() >= set(keys.values()):
-        _write(path, stored | {key: _plan_cache[key] for key in keys.values()})
+        write_plans(path, stored | {key: _plan_cache[key] for key in keys.values()})
     return {name: _plan_cache[key] for name, key in keys.items()}
+
+
+def find_problems(
+    module: nn.Module,
+    example_input: Tensor | tuple[Any, ...],
+    memory_format: torch.memory_format | None,
+    training: bool,
+) -> dict[str, ConvProblem]:
+    """Return the problem of each grouped convolution that the example input reaches, by name."""
+    psas = {name: m for name, m in module.named_modules() if is_psa(m)}
+    convs = {name: conv for name, conv in _branch_convs(psas).items() if conv.groups > 1}
+    return {
+        name: _make_problem(convs[name], x, memory_format, training)
+        for name, x in inputs_of(convs, module, example_input).items()
+    }
 
 
 def _branch_convs(psas: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
@@ -244,6 +261,13 @@ def candidates(problem: ConvProblem) -> list[ConvPlan]:
     plans += [ConvPlan(g, (1, 1), other) for g in divisors]
     if problem.dilation != (1, 1) or problem.dtype == torch.float64:
         return plans
+    if problem.device.type == "cuda":
+        return plans + [
+            ConvPlan(g, tile, memory_format)
+            for g in divisors
+            for tile in CUDA_TILES
+            if tile[0] * tile[1] * problem.channels // g in CUDA_WIDTHS
+        ]
     # Vector units take the inputs of a group one by one, so that merging costs time there; matrix
     # units, which 16-bit dtypes run on, take many at a time.
     vector = problem.dtype == torch.float32
@@ -258,6 +282,18 @@ def candidates(problem: ConvProblem) -> list[ConvPlan]:
 
 def fastest(problem: ConvProblem) -> ConvPlan:
     """Return the fastest plan; the unchanged convolution's, unless another one clearly beats it."""
+    return choose(time_candidates(problem))
+
+
+def choose(timings: Mapping[ConvPlan, Timing]) -> ConvPlan:
+    """Return the plan that ``fastest`` takes by these timings, the unchanged plan's first."""
+    unchanged = next(iter(timings))
+    winner = min(timings, key=lambda plan: timings[plan].p50)
+    return unchanged if timings[winner].ties(timings[unchanged]) else winner
+
+
+def time_candidates(problem: ConvProblem) -> dict[ConvPlan, Timing]:
+    """Time the unchanged plan, and after it all right ones that are near the fastest."""
     # Every dtype here is chosen: the problem's, and a wider one for the check.
     no_autocast = torch.autocast(problem.device.type, enabled=False)
     with torch.set_grad_enabled(problem.training), no_autocast:
@@ -266,9 +302,7 @@ def fastest(problem: ConvProblem) -> ConvPlan:
         clock = make_clock(problem.device)
         promising = _promising(calls, clock) | {unchanged}
         variants = {plan: Variant(call) for plan, call in calls.items() if plan in promising}
-        timings = interleave(variants, clock, REPS, SECONDS)
-    winner = min(timings, key=lambda plan: timings[plan].p50)
-    return unchanged if timings[winner].ties(timings[unchanged]) else winner
+        return interleave(variants, clock, REPS, SECONDS)
 
 
 # Runs a convolution: returns the output, or in training the output and the gradients.
@@ -326,7 +360,12 @@ def _agrees(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], rounding:
     )
 
 
-def _read(path: Path) -> dict[str, ConvPlan]:
+def read_plans(path: Path) -> dict[str, ConvPlan]:
+    """Return the plans of a file, by ``ConvProblem.key()``.
+
+    Raises:
+        ValueError: if the file holds no plans.
+    """
     try:
         entries = json.loads(path.read_text())
         return {
@@ -340,7 +379,8 @@ def _read(path: Path) -> dict[str, ConvPlan]:
         ) from None
 
 
-def _write(path: Path, plans: Mapping[str, ConvPlan]) -> None:
+def write_plans(path: Path, plans: Mapping[str, ConvPlan]) -> None:
+    """Write plans, by ``ConvProblem.key()``, to a file."""
     entries = {
         key: (plan.groups, *plan.tile, memory_format_name(plan.memory_format))
         for key, plan in plans.items()
