@@ -10,9 +10,6 @@ from environment import cache_bytes
 
 from epsanet_fused.utils import timing
 
-# About a millisecond: the host needs that long to launch the hundred kernels of an eager step.
-WAIT_CYCLES = 2_000_000
-
 
 @dataclass(frozen=True)
 class ColdClock:
@@ -34,22 +31,20 @@ class ColdClock:
 
     @property
     def name(self) -> str:
-        return f"{self.clock.name}, cold{', queued' if self.source.is_cuda else ''}"
+        return f"{self.clock.name}, cold"
 
     def measure(self, call: Callable[[], object], calls: int) -> float:
         """Return the mean milliseconds of one call."""
         total = 0.0
         for _ in range(calls):
             self.target.copy_(self.source)
-            if self.source.is_cuda:
-                torch.cuda._sleep(WAIT_CYCLES)
             total += self.clock.measure(call, 1)
         return total / calls
 
 
 def make_clock(device: torch.device, cold: bool) -> timing.Clock:
     """Return the device's clock, with the cache emptied before each call if ``cold``."""
-    clock = timing.make_clock(device)
+    clock = timing.make_clock(device, queued=cold)
     if not cold:
         return clock
     source = torch.ones(2 * cache_bytes(device), dtype=torch.uint8, device=device)

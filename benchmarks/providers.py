@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.backends.registry import PATHS, resolve
-from epsanet_fused.inference.cuda_graph import GraphedModel
 
 SCOPES = ("tail", "norm", "module", "block", "network")
 MODES = ("inference", "training", "backward")
@@ -117,16 +116,17 @@ def optimized(workload: Workload, cuda_graph: bool = False) -> nn.Module:
     for model, graphed, made in _optimized_models:
         if model is workload.literal and graphed == cuda_graph:
             return made
-    if cuda_graph:  # reuse the rewrites: their search takes long
-        made = GraphedModel(optimized(workload), workload.inputs)
-    else:
-        x = workload.inputs[0]
-        # On a GPU the search takes minutes, and 16-bit convolutions run in channels_last there.
-        known = torch.channels_last if x.is_cuda and x.dtype.itemsize == 2 else None
-        made = ef.optimize_for_inference(
-            workload.literal, x, memory_format=known, plan_file=workload.plan_file
-        )
-        print(f"\n{made.report}\n", file=sys.stderr)
+    x = workload.inputs[0]
+    # On a GPU the search takes minutes, and 16-bit convolutions run in channels_last there.
+    known = torch.channels_last if x.is_cuda and x.dtype.itemsize == 2 else None
+    made = ef.optimize_for_inference(
+        workload.literal,
+        x,
+        memory_format=known,
+        cuda_graph=cuda_graph,
+        plan_file=workload.plan_file,
+    )
+    print(f"\n{made.report}\n", file=sys.stderr)
     del _optimized_models[:-3]  # models of earlier cases
     _optimized_models.append((workload.literal, cuda_graph, made))
     return made

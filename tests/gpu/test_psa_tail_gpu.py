@@ -14,6 +14,7 @@ from helpers.cases import (
     Shape,
     accuracy_cases,
     assert_accurate,
+    assert_matches_oracle,
     expected,
     make_case,
 )
@@ -63,7 +64,7 @@ CASES = [
 @pytest.mark.parametrize(("shape", "dtype", "layout"), CASES)
 def test_matches_the_oracle(backend: str, shape: str, dtype: str, layout: str) -> None:
     case = on_card(SHAPES[shape], dtype, layout)
-    assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+    assert_matches_oracle(case, evaluate(ef.psa_tail, *case))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -74,7 +75,7 @@ def test_matches_the_oracle_at_real_batches(
 ) -> None:
     """The batches reach each tile of the configuration table."""
     case = on_card(SHAPES[stage]._replace(B=BATCHES[batch]), "fp16", layout)
-    assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+    assert_matches_oracle(case, evaluate(ef.psa_tail, *case))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -86,7 +87,7 @@ def test_each_path_matches_the_oracle(path: str, shape: str, dtype: str, layout:
             results = evaluate(ef.psa_tail, *case)
         except ValueError as refusal:  # the sample doesn't fit on chip, or the GPU is too old
             pytest.skip(str(refusal))
-    assert_accurate(results, *expected(case))
+    assert_matches_oracle(case, results)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -109,12 +110,12 @@ def test_matches_the_oracle_in_float64(fused: str) -> None:
     if fused == "cuda":
         pytest.skip("the cuda kernels are for float16, bfloat16 and float32")
     case = make_case(SHAPES["5x9"], torch.float64, device="cuda")
-    assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+    assert_matches_oracle(case, evaluate(ef.psa_tail, *case))
 
 
 def test_float64_is_left_to_other_backends() -> None:
     case = make_case(SHAPES["5x9"], torch.float64, device="cuda")
-    assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+    assert_matches_oracle(case, evaluate(ef.psa_tail, *case))
     if "cuda" in FUSED:
         with ef.use_backend("cuda"), pytest.raises(ValueError, match="float32"):
             ef.psa_tail(case.branches, *case.fc)
@@ -138,13 +139,13 @@ VIEWS = {
 def test_any_strides(fused: str, view: str, dtype: str) -> None:
     case = on_card(SHAPES["S3"], dtype)
     case = case._replace(branches=VIEWS[view](case.branches))
-    assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+    assert_matches_oracle(case, evaluate(ef.psa_tail, *case))
 
 
 def test_gradient_of_sum(fused: str) -> None:
     case = on_card(SHAPES["S3"], "fp32")
     case = case._replace(grad=torch.ones((), device="cuda").expand(case.grad.shape))
-    assert_accurate(evaluate(ef.psa_tail, *case), *expected(case))
+    assert_matches_oracle(case, evaluate(ef.psa_tail, *case))
 
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
