@@ -33,9 +33,9 @@ TILES = tuple(itertools.product((1, 2, 4), (1, 2, 4, 8)))[1:]
 TALL_TILES = ((2, 1), (4, 1))
 # A group with more channels than this after tiling is not tiled: that has never been faster.
 MAX_WIDTH = 32
-# On CUDA devices: a matrix unit makes 64 outputs at a time, and half of them are worth a try.
+# On CUDA devices: matrix units make 64 to 128 outputs at a time, and 32 are worth a try.
 CUDA_TILES = ((1, 2), (2, 2), (2, 4), (4, 4))
-CUDA_WIDTHS = range(32, 65)
+CUDA_WIDTHS = range(32, 129)
 # A candidate that takes this many times as long as the fastest one is not timed a second time.
 GIVE_UP_FACTOR = 1.5
 REPS, SECONDS = 15, 0.4

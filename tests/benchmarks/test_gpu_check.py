@@ -21,7 +21,7 @@ def test_without_a_gpu_it_stops_before_it_writes(tmp_path):
 def test_dry_run_prints_the_plan(tmp_path):
     done = script("gpu_check.py", "--dry-run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    steps = "environment tests tail-forward tail-backward norm-training conv-cost module"
+    steps = "environment tests tail-forward tail-backward norm-training plan-cost module"
     steps += " network-inference network-training"
     for step in steps.split():
         assert f"\n{step} (up to " in f"\n{done.stdout}"
