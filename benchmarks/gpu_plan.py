@@ -230,9 +230,9 @@ def compiled_steps(scratch: Path) -> list[Step]:
         ),
         psa(scratch, "network-training", 120, "network", "training", f"{plans} {ours} {training}"),
         psa(
-            scratch, "network-inference-nchw", 40, "network", "inference", f"{theirs} compile fused"
+            scratch, "network-inference-nchw", 40, "network", "inference", f"{theirs} fused compile"
         ),
-        psa(scratch, "network-training-nchw", 40, "network", "training", f"{theirs} compile fused"),
+        psa(scratch, "network-training-nchw", 40, "network", "training", f"{theirs} fused compile"),
         psa(
             scratch,
             "network-batch-1",

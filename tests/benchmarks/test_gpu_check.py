@@ -34,8 +34,8 @@ def test_steps_can_be_chosen(tmp_path):
     done = script("gpu_check.py", *options.split(), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     environment, block = done.stdout.splitlines()
-    assert environment.startswith("environment (up to 20 s)")
-    assert block.startswith("block-training (up to 80 s)")
+    assert environment.startswith("environment (up to 14 s)")
+    assert block.startswith("block-training (up to 86 s)")
     done = script("gpu_check.py", "--dry-run", "--steps", "tests", "magic")
     assert done.returncode == 2
     assert "argument --steps: must be of environment, " in done.stderr
@@ -139,7 +139,7 @@ def test_skipped_rows_and_tests_are_counted_in_the_table(tmp_path):
         (tmp_path / step).mkdir()
         report.write_csv(tmp_path / step / "bench_psa.csv", found)
     suite = '<testsuites><testsuite tests="9" failures="0" skipped="2"/></testsuites>'
-    (tmp_path / "gpu-tests.xml").write_text(suite)
+    (tmp_path / "tests.xml").write_text(suite)
     ends = {
         name: gpu_check.with_counts(gpu_check.Outcome(name, "passed", 1.0, ""), tmp_path)
         for name in ("module", "block", "tests")
@@ -147,7 +147,7 @@ def test_skipped_rows_and_tests_are_counted_in_the_table(tmp_path):
     assert ends["module"][1:] == ("INCOMPLETE", 1.0, "2 rows out of time, see log.txt")
     assert ends["block"][1:] == ("passed", 1.0, "")
     assert ends["tests"][1:] == ("passed", 1.0, "9 tests, 0 failures, 2 skipped")
-    (tmp_path / "gpu-tests.xml").write_text(suite[:30])
+    (tmp_path / "tests.xml").write_text(suite[:30])
     killed = gpu_check.Outcome("tests", "OUT OF TIME", 1.0, "killed")
     assert gpu_check.with_counts(killed, tmp_path) == killed
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import bench_psa
-import conv_cost
 import counters
 import gpu_plan
+import plan_cost
 import pytest
 import summary
 import torch
@@ -37,7 +37,7 @@ def test_every_planned_command_parses(tmp_path, tools, monkeypatch):
     parsers = {
         "warm_up": bench_psa,
         "bench_psa": bench_psa,
-        "conv_cost": conv_cost,
+        "plan_cost": plan_cost,
         "tune_triton": tune_triton,
         "counters": counters,
     }
@@ -67,7 +67,7 @@ def test_only_steps_that_are_not_timed_run_at_the_same_time(tmp_path, tools):
     together = [group for group in gpu_plan.groups(gpu_plan.plan(tmp_path)[0]) if len(group) > 1]
     assert len(together) == 1
     assert {step.kind for step in together[0]} == {"check", "warm-up"}
-    assert {"tests", "memcheck", "racecheck"} < {step.name for step in together[0]}
+    assert {"tests", "memcheck"} < {step.name for step in together[0]}
 
 
 def test_unused_time_goes_to_later_steps():
@@ -78,6 +78,12 @@ def test_unused_time_goes_to_later_steps():
     assert gpu_plan.allotment(groups, 1, 500) == pytest.approx(500 * 20 / 90)
     assert gpu_plan.allotment(groups, 2, 123) == pytest.approx(123)
     assert gpu_plan.allotment(groups, 2, -3) == 0
+
+
+@pytest.mark.parametrize("part", gpu_plan.PARTS)
+def test_each_part_names_steps_of_the_plan(part, tmp_path, tools):
+    steps, missing = gpu_plan.plan(tmp_path, gpu_plan.PARTS[part])
+    assert {step.name for step in steps} == set(gpu_plan.PARTS[part]) and not missing
 
 
 def test_ours_is_timed_before_slow_compilations(tmp_path):
