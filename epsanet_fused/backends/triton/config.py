@@ -1,7 +1,7 @@
 """The block sizes of the kernels and the number of their programs: a static table, no autotuning.
 
 The entries were chosen by counting (loads in flight, programs per multiprocessor, registers and
-width of access in the machine code). None has been measured on a GPU yet.
+width of access in the machine code). Other entries haven't been measured yet.
 """
 
 from __future__ import annotations
