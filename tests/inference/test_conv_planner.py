@@ -288,3 +288,25 @@ def test_nothing_changes_if_one_plan_does_not_fit(plans, says):
     with pytest.raises(ValueError, match=says):
         use_plans(model, merges(model) | plans)
     assert all(m.merged_groups is None for m in model.modules() if hasattr(m, "merged_groups"))
+
+
+def test_tiles_of_a_cuda_device_fill_its_matrix_units():
+    on_cuda = problem(dtype=torch.float16, device=torch.device("cuda"))
+    tiled = [plan for plan in candidates(on_cuda) if plan.tile != (1, 1)]
+    assert tiled
+    for plan in tiled:
+        rows, columns = plan.tile
+        assert 32 <= rows * columns * on_cuda.channels // plan.groups <= 128
+
+
+def test_the_plan_file_is_written_after_each_convolution(tmp_path, monkeypatch):
+    path = tmp_path / "plans.json"
+    counts = []
+
+    def fastest(problem):
+        counts.append(len(json.loads(path.read_text())) if path.exists() else 0)
+        return ConvPlan(problem.groups)
+
+    monkeypatch.setattr(conv_planner, "fastest", fastest)
+    plan_convs(ef.PSAModule(64, 64), torch.randn(1, 64, 8, 8), file=path)
+    assert counts == [0, 1, 2]
