@@ -1,7 +1,7 @@
 """The defaults of "auto": the backend for a device, and what measurements say otherwise.
 
-What ``CUDA_TABLE`` doesn't cover runs by ``triton`` on a GPU. Add a rule when a CSV under benchmarks/results/ shows that its backend is the fastest one for all
-that the rule covers.
+What ``CUDA_TABLE`` doesn't cover runs by ``triton`` on a GPU. Add a rule when a CSV under
+benchmarks/results/ shows that its backend is the fastest one for all that the rule covers.
 """
 
 from __future__ import annotations

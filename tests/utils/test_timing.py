@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch
 
 from epsanet_fused.utils import timing
 
@@ -36,3 +39,27 @@ def test_medians_within_their_uncertainty_tie():
     assert summarise(noisy).ties(summarise([x + 0.05 for x in noisy]))
     assert not summarise(noisy).ties(summarise([x + 0.5 for x in noisy]))
     assert summarise(noisy).p50 == pytest.approx(1.495)
+
+
+def test_the_device_waits_until_a_slow_host_has_queued_the_calls(monkeypatch):
+    waits = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            """As on a stream."""
+
+        def synchronize(self):
+            """As on a stream."""
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: waits.append(cycles / 2e6))
+    clock = timing.QueuedClock()
+    assert clock.measure(lambda: time.sleep(0.02), 3) == 2.0
+    assert waits[0] < 60, "the guess was too short for this host"
+    assert waits[-1] >= 60, "milliseconds: three calls take the host that long"
