@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from epsanet_fused.nn.fused_psa import FusedPSAModule
 from epsanet_fused.nn.psa import CONV_GROUPS, CONV_KERNELS, PSAModule
 from epsanet_fused.ops.psa_tail_norm import fuses_norm_by_default
-from epsanet_fused.utils.hooks import has_hooks
+from epsanet_fused.utils.hooks import is_unmodified
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -92,20 +92,13 @@ class EPSABlock(nn.Module):
         """
         return (
             self.bn2.training
-            and _is_unmodified(self.conv2, FusedPSAModule)
-            and _is_unmodified(self.bn2, nn.BatchNorm2d)
-            and _is_unmodified(self.relu, nn.ReLU)
+            and is_unmodified(self.conv2, FusedPSAModule)
+            and self.conv2.reads_se()  # type: ignore[operator]
+            and is_unmodified(self.bn2, nn.BatchNorm2d)
+            and is_unmodified(self.relu, nn.ReLU)
             and not isinstance(x, torch.fx.Proxy)  # an fx graph cannot hold a norm as an argument
             and fuses_norm_by_default(x.device.type)
         )
-
-
-def _is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a call of ``module`` runs ``kind.forward`` alone: no subclass, no hook.
-
-    A module with parametrized weights is an instance of a subclass.
-    """
-    return type(module) is kind and "forward" not in vars(module) and not has_hooks(module)
 
 
 class EPSALargeBlock(EPSABlock):

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.nn.grouped_conv import merged_conv
-from epsanet_fused.nn.psa import PSAModule
+from epsanet_fused.nn.psa import PSAModule, SEWeightModule, recalibrate_and_concat
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.ops.psa_tail_norm import psa_tail_norm
+from epsanet_fused.utils.hooks import are_unmodified, is_unmodified
 
 torch.fx.wrap("psa_tail")  # symbolic tracing records one call of the operator
 
 CONVS = ("conv_1", "conv_2", "conv_3", "conv_4")
 LAYERS = (*CONVS, "se.fc1", "se.fc2")
+# The classes of a SEWeightModule and of its children.
+SE_KINDS: tuple[type[nn.Module], ...] = (
+    SEWeightModule,
+    nn.AdaptiveAvgPool2d,
+    nn.Conv2d,
+    nn.ReLU,
+    nn.Conv2d,
+    nn.Sigmoid,
+)
 
 
 def missing_layers(module: nn.Module) -> list[str]:
@@ -42,6 +53,7 @@ class FusedPSAModule(PSAModule):
     """
 
     merged_groups: tuple[int, ...] | None = None
+    _se_kinds: tuple[type[nn.Module], ...] = SE_KINDS
 
     @classmethod
     def from_reference(cls, module: nn.Module) -> FusedPSAModule:
@@ -72,15 +84,24 @@ class FusedPSAModule(PSAModule):
 
     def convolve(self, x: Tensor) -> list[Tensor]:
         """Return the four branches, computed with ``merged_groups`` where those are set."""
-        if self.merged_groups is None:
-            return super().convolve(x)
-        pairs = zip(CONVS, self.merged_groups, strict=True)
-        return [merged_conv(x, getattr(self, name), groups) for name, groups in pairs]
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles both sides of "and"
+            if self.merged_groups is not None:
+                pairs = zip(CONVS, self.merged_groups, strict=True)
+                return [_convolve(x, getattr(self, name), groups) for name, groups in pairs]
+        return [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``psa_tail`` of the branches of ``x``."""
-        return psa_tail(self.convolve(x), *self._se_weights())
+        """Return ``psa_tail`` of the branches of ``x``.
 
+        Without ``reads_se()``, and in TorchScript, the SE is called, as in ``PSAModule``.
+        """
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.reads_se():
+                return psa_tail(self.convolve(x), *self._se_weights())
+        branches = self.convolve(x)
+        return recalibrate_and_concat(branches, [self.se(branch) for branch in branches])
+
+    @torch.jit.unused
     def forward_norm(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         """Return ``relu(norm(self(x)))``, computed by ``psa_tail_norm``.
 
@@ -90,11 +111,33 @@ class FusedPSAModule(PSAModule):
         """
         return psa_tail_norm(self.convolve(x), *self._se_weights(), norm)
 
+    @torch.jit.unused
+    def reads_se(self) -> bool:
+        """Return whether ``psa_tail`` computes what a call of the SE does.
+
+        False if somebody relies on calls: if the SE or a layer in it has a hook, a forward of its
+        own, another class than at first (an adapter, a parametrisation), or sharded weights.
+        """
+        se = self.se
+        return are_unmodified((se, *se._modules.values()), self._se_kinds)  # type: ignore[arg-type]
+
+    @torch.jit.unused
     def _se_weights(self) -> SEWeights:
         fc1, fc2 = self.se.fc1, self.se.fc2
         return SEWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[arg-type]
 
+    @torch.jit.unused
     def extra_repr(self) -> str:
-        """Return the widths, and that ``psa_tail`` runs the tail."""
-        width, channels = self.se.fc1.weight.shape[:2]
-        return f"branches=4, channels_per_branch={channels}, hidden={width}, tail=psa_tail"
+        """Return the widths, and what runs the tail."""
+        channels = self.conv_1.out_channels
+        tail = "psa_tail" if self.reads_se() else "plain, as the SE is modified"
+        hidden = getattr(self.se.fc1, "out_channels", "?")
+        return f"branches=4, channels_per_branch={channels}, hidden={hidden}, tail={tail}"
+
+
+def _convolve(x: Tensor, conv: nn.Module, groups: int) -> Tensor:
+    """Return ``conv(x)``, with ``groups`` groups unless somebody relies on a call of the layer."""
+    if is_unmodified(conv, nn.Conv2d):
+        return merged_conv(x, conv, groups)  # type: ignore[arg-type]
+    out: Tensor = conv(x)
+    return out
