@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from epsanet_fused.backends.interface import (
     SAVED_ARGS,
@@ -23,8 +22,11 @@ from epsanet_fused.backends.interface import (
 )
 from epsanet_fused.backends.registry import current_backend, get_backend, resolve
 from epsanet_fused.ops.checks import check_psa_tail
-
-_ADVICE = "run the forward under epsanet_fused.use_backend('reference') for more"
+from epsanet_fused.ops.derivatives import (
+    differentiate_plainly,
+    is_more_than_one_backward,
+    needs_plain_formula,
+)
 
 _LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 _LIBRARY.define(
@@ -53,7 +55,8 @@ def psa_tail(
     For branch s with channels c: ``attention = softmax_s(sigmoid(fc2 relu(fc1 mean_hw(x_s))))``
     and ``out[:, (S - 1 - s) * C + c] = x_s[:, c] * attention[:, s, c]``.
 
-    It is differentiable once. For higher orders and torch.func use ``use_backend("reference")``.
+    It is differentiable to any order, and torch.func transforms it. The kernels run the forward and
+    the first backward; whatever else is asked for runs the formula in plain PyTorch.
 
     Args:
         branches: S >= 2 tensors (B, C, H, W) of one shape, dtype and device; the branch of the
@@ -75,7 +78,6 @@ def psa_tail(
         TypeError: for an argument that is no tensor or has a dtype that isn't accepted.
         ValueError: for shapes and devices that don't fit, or an epilogue where a gradient is due.
         RuntimeError: if the backend asked for can't run on these tensors.
-        NotImplementedError: for second derivatives and forward-mode differentiation.
     """
     name = current_backend()
     failure = None
@@ -93,7 +95,7 @@ def psa_tail(
     if failure is not None:
         raise failure
     fc = as_matrices(fc)
-    if name == "reference":
+    if name == "reference" or needs_plain_formula((*branches, *fc, scale, shift)):
         return get_backend("reference").forward(branches, fc, scale, shift, relu)[0]
     return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
 
@@ -115,7 +117,8 @@ def _try_inference(
     """
     if not isinstance(branches, (list, tuple)) or not isinstance(relu, bool):
         return None
-    refuse_forward_mode("psa_tail", branches, fc)
+    if needs_plain_formula((*branches, *fc)):
+        return None
     if torch.is_grad_enabled():
         epilogue = [v for v in (scale, shift) if v is not None]
         if any(t.requires_grad for t in (*branches, *fc, *epilogue)):
@@ -129,16 +132,6 @@ def _try_inference(
 def as_matrices(fc: SEWeights) -> SEWeights:
     """Return fc with the weights as (R, C) and (C, R), without the 1 x 1 of a convolution."""
     return SEWeights(fc.fc1_weight.flatten(1), fc.fc1_bias, fc.fc2_weight.flatten(1), fc.fc2_bias)
-
-
-def refuse_forward_mode(
-    operator: str, branches: Sequence[Tensor], parameters: Sequence[Tensor]
-) -> None:
-    """Raise NotImplementedError for a tensor with a tangent: torch.library would drop it."""
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in (*branches, *parameters)
-    ):
-        raise NotImplementedError(f"{operator} has no forward-mode derivative; {_ADVICE}")
 
 
 @torch.library.impl(_LIBRARY, "psa_tail", "CompositeExplicitAutograd")
@@ -191,6 +184,15 @@ def _autograd(ctx: Any, grad: Tensor | None, *_grad_saved: None) -> tuple[Any, .
     no_branches = [None] * len(branches)
     if grad is None:
         return no_branches, *[None] * 8
+    if is_more_than_one_backward(grad):
+        plain = get_backend("reference").forward
+        found = differentiate_plainly(
+            lambda: plain(branches, SEWeights(*fc), None, None, False)[0],
+            (*branches, *fc),
+            (*wants_branches, *wants_fc),
+            grad,
+        )
+        return found[: len(branches)], *found[len(branches) :], *[None] * 4
     asked = (any(wants_branches), any(wants_fc))
     grad_branches, grad_fc = torch.ops.epsanet_fused.psa_tail_backward(
         grad, branches, squeeze, attention, *fc, *asked, ctx.backend
@@ -198,17 +200,6 @@ def _autograd(ctx: Any, grad: Tensor | None, *_grad_saved: None) -> tuple[Any, .
     return grad_branches or no_branches, *(grad_fc or [None] * 4), *[None] * 4
 
 
-def refuse_second_derivative(library: torch.library.Library, operator: str) -> None:
-    """Give the operator's backward an autograd formula that raises NotImplementedError."""
-
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"{operator} is differentiable once; {_ADVICE}")
-
-    name = f"epsanet_fused::{operator}_backward"
-    torch.library.register_autograd(name, backward, lib=library)
-
-
 torch.library.register_autograd(
     "epsanet_fused::psa_tail", _autograd, setup_context=_setup_context, lib=_LIBRARY
 )
-refuse_second_derivative(_LIBRARY, "psa_tail")

@@ -28,12 +28,12 @@ from epsanet_fused.backends.interface import (
 )
 from epsanet_fused.backends.registry import current_backend, get_backend, resolve
 from epsanet_fused.ops.checks import check_psa_tail_norm
-from epsanet_fused.ops.psa_tail import (
-    as_matrices,
-    psa_tail,
-    refuse_forward_mode,
-    refuse_second_derivative,
+from epsanet_fused.ops.derivatives import (
+    differentiate_plainly,
+    is_more_than_one_backward,
+    needs_plain_formula,
 )
+from epsanet_fused.ops.psa_tail import as_matrices, psa_tail
 
 _LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 _LIBRARY.define(
@@ -58,8 +58,7 @@ def psa_tail_norm(
     """Compute ``relu(norm(psa_tail(branches, ...)))`` (arXiv 2105.14447, 3.3).
 
     The norm uses the batch's statistics, and its running ones are updated as its own forward would.
-    The operator is differentiable once. For higher orders and torch.func use
-    ``use_backend("reference")``.
+    Derivatives of any order and torch.func: as for ``psa_tail``.
 
     Args:
         branches: as for ``psa_tail``, and so are the four fc tensors.
@@ -80,16 +79,12 @@ def psa_tail_norm(
         ValueError: for shapes and devices that don't fit, a norm that doesn't use the batch's
             statistics, and one value per channel, as BatchNorm2d does.
         RuntimeError: if the backend asked for can't run on these tensors, or has no psa_tail_norm.
-        NotImplementedError: for second derivatives and forward-mode differentiation.
     """
     name = current_backend()
     fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_psa_tail_norm(branches, fc, norm)
-    if name == "reference":
+    if name == "reference" or needs_plain_formula((*branches, *fc, norm.weight, norm.bias)):
         return F.relu(norm(psa_tail(branches, *fc)))
-    if not torch.compiler.is_compiling():
-        params = [p for p in (norm.weight, norm.bias) if p is not None]
-        refuse_forward_mode("psa_tail_norm", branches, (*fc, *params))
     out, *_, mean, var = torch.ops.epsanet_fused.psa_tail_norm(
         branches, *as_matrices(fc), norm.weight, norm.bias, norm.eps, name
     )
@@ -214,6 +209,17 @@ def _autograd(ctx: Any, grad: Tensor | None, *_grad_stats: None) -> tuple[Any, .
     if grad is None:
         return no_branches, *[None] * 8
     wants_branches, *wants = ctx.needs_input_grad[:7]
+    if is_more_than_one_backward(grad):
+        fc = SEWeights(*stats_and_fc[5:])
+        plain = get_backend("reference").forward
+
+        def formula() -> Tensor:
+            tail = plain(branches, fc, None, None, False)[0]
+            return F.relu(F.batch_norm(tail, None, None, gamma, beta, True, 0.0, ctx.eps))
+
+        inputs = (*branches, *fc, gamma, beta)
+        found = differentiate_plainly(formula, inputs, (*wants_branches, *wants), grad)
+        return found[: len(branches)], *found[len(branches) :], None, None
     asked = (any(wants_branches), any(wants[:4]), any(wants[4:]))
     grad_branches, grad_fc, found = torch.ops.epsanet_fused.psa_tail_norm_backward(
         grad, branches, *stats_and_fc, gamma, beta, ctx.eps, *asked, ctx.backend
@@ -226,4 +232,3 @@ def _autograd(ctx: Any, grad: Tensor | None, *_grad_stats: None) -> tuple[Any, .
 torch.library.register_autograd(
     "epsanet_fused::psa_tail_norm", _autograd, setup_context=_setup_context, lib=_LIBRARY
 )
-refuse_second_derivative(_LIBRARY, "psa_tail_norm")

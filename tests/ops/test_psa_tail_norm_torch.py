@@ -133,26 +133,6 @@ def test_the_reference_backend_is_differentiable_twice() -> None:
         assert torch.autograd.gradgradcheck(lambda *t: call(t, 2), leaves)
 
 
-def test_error_for_a_second_derivative_says_how_to_get_one(backend: str) -> None:
-    leaves = leaves_of(make_norm_case(SHAPE))
-    out = call(leaves, 3)
-    first, *_ = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"psa_tail_norm.*use_backend\('reference'\)"):
-        first.sum().backward()
-
-
-def test_error_for_forward_mode_says_how_to_get_it(backend: str) -> None:
-    case = make_norm_case(SHAPE)
-    for i in (1, 5, 8):  # a branch, an fc tensor, beta
-        tensors = [*case.branches, *case.fc, *case.affine]
-
-        def run(t: Tensor, i: int = i, tensors: list[Tensor] = tensors) -> Tensor:
-            return call([*tensors[:i], t, *tensors[i + 1 :]], 3)
-
-        with pytest.raises(NotImplementedError, match="psa_tail_norm has no forward-mode"):
-            torch.func.jvp(run, (tensors[i],), (torch.ones_like(tensors[i]),))
-
-
 def test_backward_twice_over_one_graph(backend: str) -> None:
     leaves = leaves_of(make_norm_case(SHAPE))
     out = call(leaves, 3)
