@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.fusion.detect import PSALayers
 from epsanet_fused.ops.psa_tail import psa_tail
+from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import accumulator_dtype
 
 # Symbolic tracing records one call of each of these.
@@ -60,6 +61,7 @@ class FusedPSAVariant(nn.Module):
         fused.spec = spec
         return fused
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return what the original returns; ``x`` is overwritten if the original does that."""
         spec = self.spec

@@ -14,6 +14,7 @@ from epsanet_fused.inference.conv_weights import norm_scale_shift
 from epsanet_fused.nn.fused_psa import CONVS, is_psa
 from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.ops.psa_tail import psa_tail
+from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import has_hooks
 
 
@@ -74,6 +75,7 @@ class PlannedPSA(CachedWeights):
         """Return the scale and shift of the norm, for the tail's epilogue."""
         return norm_scale_shift(self.norm)
 
+    @with_real_annotations
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Return relu(norm(psa(x))); without the ReLU unless ``relu``."""
         branches = [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
@@ -119,6 +121,7 @@ class PlannedBlock(nn.Module):
             planned = rewrites.planned_conv(f"{name}.downsample.0", conv, norm)
             self.downsample = ConvNorm(planned, norm)
 
+    @with_real_annotations
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """Return the block's output; ``overwrite`` allows it to be written to x's memory.
 
@@ -143,6 +146,7 @@ class PlannedBlock(nn.Module):
 class PlannedStage(nn.Sequential):
     """PlannedBlocks in a row: each may overwrite its input if only the block before holds it."""
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks one after another."""
         blocks: list[Any] = [*self]
@@ -155,6 +159,7 @@ class PlannedStage(nn.Sequential):
 class ConvNorm(nn.Sequential):
     """A PlannedConv and the norm that it already applies."""
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Run the PlannedConv alone."""
         out: Tensor = self[0](x)
@@ -177,6 +182,7 @@ class FoldedNorm(nn.Module):
         self.eps = norm.eps
         self.training = False
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``."""
         return x

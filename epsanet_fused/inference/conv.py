@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
 from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
+from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import is_channels_last
 
 
@@ -150,6 +151,7 @@ class PlannedConv(CachedWeights):
         bias = None if bias is None else bias.to(dtype, copy=True)
         return ConvCall(weight, bias, groups, stride, self.padding, self.dilation)
 
+    @with_real_annotations
     def forward(
         self,
         x: Tensor,

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 _MAX_PROBLEMS = 6  # so many misfits an error message names
+# Where training scripts store the state_dict; the first one that is there counts. The last three
+# are averages of the weights (EMA), as timm's scripts and others name them.
+_STATE_DICT_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load a checkpoint of the official training script, or a bare state_dict, into ``model``.
 
     The official layout is ``{'epoch', 'arch', 'state_dict', 'best_prec1', 'optimizer'}``, with the
-    prefix ``module.`` on every key of the state_dict. The file is read onto the CPU with
+    prefix ``module.`` on every key of the state_dict. The state_dict may also be that of a model
+    that torch.compile or ``torch.optim.swa_utils.AveragedModel`` has wrapped, or stand under
+    ``model``, ``state_dict_ema``, ``model_ema`` or ``ema``. The file is read onto the CPU with
     ``weights_only=True``; both of torch's file formats, zip and legacy, are accepted.
 
     Args:
@@ -41,7 +46,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     """Read a file that ``load_checkpoint`` accepts.
 
     Returns:
-        The state_dict without the prefix ``module.``, and the other entries of the checkpoint.
+        The state_dict without what wrappers add to its keys, and the other entries of the
+        checkpoint.
 
     Raises:
         ValueError: if the file holds no state_dict.
@@ -51,16 +57,28 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise ValueError(
             f"load_checkpoint: {os.fspath(path)} must hold a dict, got {type(checkpoint).__name__}"
         )
-    rest = {k: v for k, v in checkpoint.items() if k != "state_dict"}
-    state = checkpoint.get("state_dict")
-    if state is None:
-        state, rest = checkpoint, {}
+    key = next((k for k in _STATE_DICT_KEYS if checkpoint.get(k) is not None), None)
+    rest = {} if key is None else {k: v for k, v in checkpoint.items() if k != key}
+    state = checkpoint if key is None else checkpoint[key]
     if not _is_state_dict(state):
         raise ValueError(
             f"load_checkpoint: {os.fspath(path)} must hold a state_dict, alone or under the key "
             f"'state_dict'; found the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    return {k.removeprefix("module."): v for k, v in state.items()}, rest
+    return _unwrapped(state), rest
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state_dict of the model inside of wrappers."""
+    # DistributedDataParallel and AveragedModel put "module." before all keys; torch.compile puts
+    # "_orig_mod." where the compiled module is. AveragedModel also counts.
+    averaged = {k: v for k, v in state.items() if k != "n_averaged"}
+    keys = {k: k.replace("_orig_mod.", "") for k in averaged}
+    while keys and all(k.startswith("module.") for k in keys.values()):
+        keys = {k: short.removeprefix("module.") for k, short in keys.items()}
+    if len(set(keys.values())) < len(state.keys() - {"n_averaged"}):  # two would become one
+        return state
+    return {keys[k]: v for k, v in averaged.items()}
 
 
 def _is_state_dict(value: Any) -> bool:

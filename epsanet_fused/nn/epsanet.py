@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from epsanet_fused.nn.fused_psa import FusedPSAModule
 from epsanet_fused.nn.psa import CONV_GROUPS, CONV_KERNELS, PSAModule
 from epsanet_fused.ops.psa_tail_norm import fuses_norm_by_default
+from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import is_unmodified
 
 NormLayer = Callable[[int], nn.Module]
@@ -69,6 +70,7 @@ class EPSABlock(nn.Module):
         self.stride = stride
         self.drop_path: nn.Module | None = None  # applied before the shortcut is added
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output (B, planes * expansion, H / stride, W / stride)."""
         identity = x if self.downsample is None else self.downsample(x)
@@ -172,6 +174,7 @@ class EPSANet(nn.Module):
         self.fc = nn.Linear(widths[4], num_classes)
         _init_weights(self)
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, num_classes) of the images ``x`` (B, in_chans, H, W)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)

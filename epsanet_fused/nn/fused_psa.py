@@ -11,6 +11,7 @@ from epsanet_fused.nn.grouped_conv import merged_conv
 from epsanet_fused.nn.psa import PSAModule, SEWeightModule, recalibrate_and_concat
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.ops.psa_tail_norm import psa_tail_norm
+from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified, is_unmodified
 
 torch.fx.wrap("psa_tail")  # symbolic tracing records one call of the operator
@@ -90,6 +91,7 @@ class FusedPSAModule(PSAModule):
                 return [_convolve(x, getattr(self, name), groups) for name, groups in pairs]
         return [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return ``psa_tail`` of the branches of ``x``.
 
@@ -101,7 +103,6 @@ class FusedPSAModule(PSAModule):
         branches = self.convolve(x)
         return recalibrate_and_concat(branches, [self.se(branch) for branch in branches])
 
-    @torch.jit.unused
     def forward_norm(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         """Return ``relu(norm(self(x)))``, computed by ``psa_tail_norm``.
 
@@ -111,7 +112,6 @@ class FusedPSAModule(PSAModule):
         """
         return psa_tail_norm(self.convolve(x), *self._se_weights(), norm)
 
-    @torch.jit.unused
     def reads_se(self) -> bool:
         """Return whether ``psa_tail`` computes what a call of the SE does.
 
@@ -121,12 +121,10 @@ class FusedPSAModule(PSAModule):
         se = self.se
         return are_unmodified((se, *se._modules.values()), self._se_kinds)  # type: ignore[arg-type]
 
-    @torch.jit.unused
     def _se_weights(self) -> SEWeights:
         fc1, fc2 = self.se.fc1, self.se.fc2
         return SEWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[arg-type]
 
-    @torch.jit.unused
     def extra_repr(self) -> str:
         """Return the widths, and what runs the tail."""
         channels = self.conv_1.out_channels

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from epsanet_fused.utils.annotations import with_real_annotations
+
 CONV_KERNELS = (3, 5, 7, 9)
 CONV_GROUPS = (1, 4, 8, 16)
 
@@ -44,6 +46,7 @@ class SEWeightModule(nn.Module):
         self.fc2 = nn.Conv2d(channels // reduction, channels, kernel_size=1)
         self.sigmoid = nn.Sigmoid()
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return the channel weights (B, C, 1, 1) of ``x`` (B, C, H, W)."""
         out = self.avg_pool(x)  # (B, C, 1, 1)
@@ -116,6 +119,7 @@ class PSAModule(nn.Module):
         """Return the four branches, each (B, planes // 4, H / stride, W / stride)."""
         return [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
 
+    @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return the recalibrated branches of ``x``, concatenated in reverse order."""
         branches = self.convolve(x)

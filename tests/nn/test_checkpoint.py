@@ -75,6 +75,44 @@ def test_bare_state_dict(tmp_path: Path, state: State, is_prefixed: bool) -> Non
     assert_holds(model, state)
 
 
+def compile_parts(model: nn.Module) -> nn.Module:
+    model.conv2 = torch.compile(model.conv2, backend="eager")
+    return model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "a compiled part": compile_parts,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "both": lambda m: torch.optim.swa_utils.AveragedModel(torch.compile(m, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model(tmp_path: Path, state: State, wrapper: str) -> None:
+    model = make_model()
+    model.load_state_dict(state)
+    torch.save({"state_dict": WRAPPERS[wrapper](model).state_dict()}, tmp_path / "model.pt")
+    loaded = make_model()
+    ef.load_checkpoint(loaded, tmp_path / "model.pt")
+    assert_holds(loaded, state)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict_ema", "model_ema", "ema"])
+def test_other_names_of_the_state_dict(tmp_path: Path, state: State, key: str) -> None:
+    path, model = tmp_path / "model.pt", make_model()
+    torch.save({"epoch": 3, key: prefixed(state)}, path)
+    assert ef.load_checkpoint(model, path) == {"epoch": 3}
+    assert_holds(model, state)
+
+
+def test_keys_that_would_become_one_are_reported(tmp_path: Path, state: State) -> None:
+    path, model = tmp_path / "model.pt", make_model()
+    torch.save(state | {"_orig_mod.bn1.weight": torch.ones(64)}, path)
+    with pytest.raises(ValueError, match=r"unexpected _orig_mod\.bn1\.weight"):
+        ef.load_checkpoint(model, path)
+
+
 def test_a_plain_checkpoint_loads_into_a_fused_network(tmp_path: Path) -> None:
     plain, fused = (
         ef.EPSANet(ef.EPSABlock, (1, 1, 1, 1), 5, planes=(64,) * 4, fused=fused).eval()
