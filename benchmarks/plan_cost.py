@@ -25,12 +25,12 @@ from epsanet_fused.inference.conv_planner import (
     ConvProblem,
     choose,
     find_problems,
-    memory_format_name,
     read_plans,
     time_candidates,
     write_plans,
 )
 from epsanet_fused.nn.grouped_conv import ConvPlan
+from epsanet_fused.utils.memory_format import memory_format_name
 from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.timing import Timing
 

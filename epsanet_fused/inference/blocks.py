@@ -16,6 +16,7 @@ from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import has_hooks
+from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
 
 
 class Rewrites(NamedTuple):
@@ -34,6 +35,10 @@ class Rewrites(NamedTuple):
     fused_calls: bool = True
     plans: Mapping[str, ConvPlan] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch.save's default protocol can't write a torch.memory_format.
+        return _rewrites, (memory_format_name(self.memory_format), *self[1:])
+
     def planned_conv(
         self, name: str, conv: nn.Conv2d, norm: nn.Module | None = None, relu: bool = False
     ) -> PlannedConv:
@@ -47,6 +52,10 @@ class Rewrites(NamedTuple):
             fused_calls=self.fused_calls,
             relu=relu,
         )
+
+
+def _rewrites(memory_format: str, *rest: Any) -> Rewrites:
+    return Rewrites(MEMORY_FORMATS[memory_format], *rest)
 
 
 class PlannedPSA(CachedWeights):
@@ -82,7 +91,7 @@ class PlannedPSA(CachedWeights):
         fc1, fc2 = self.se.fc1, self.se.fc2
         fc = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         if self.epilogue:
-            compiling = torch.compiler.is_compiling()
+            compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
             scale, shift = self.compute_weights() if compiling else self.cached_weights()
             return psa_tail(branches, *fc, scale=scale, shift=shift, relu=relu)
         out = psa_tail(branches, *fc)

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
 from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
 from epsanet_fused.utils.annotations import with_real_annotations
-from epsanet_fused.utils.memory_format import is_channels_last
+from epsanet_fused.utils.memory_format import (
+    MEMORY_FORMATS,
+    is_channels_last,
+    memory_format_name,
+)
 
 
 class ConvCall(NamedTuple):
@@ -96,6 +100,18 @@ class CachedWeights(nn.Module):
         return self.__dict__ | {"_cache": None, "_sources": [], "_versions": None}
 
 
+def refuse_gradients(module: nn.Module, x: Tensor) -> None:
+    """Raise a RuntimeError if a gradient of ``x`` or of the module's own parameters is due."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(p is not None and p.requires_grad for p in module._parameters.values())
+    ):
+        raise RuntimeError(
+            "a model from optimize_for_inference has no gradients; call it under torch.no_grad(), "
+            "or differentiate the model that it was made from"
+        )
+
+
 class PlannedConv(CachedWeights):
     """A Conv2d for inference, with an optional BatchNorm2d, residual and ReLU after it.
 
@@ -151,6 +167,13 @@ class PlannedConv(CachedWeights):
         bias = None if bias is None else bias.to(dtype, copy=True)
         return ConvCall(weight, bias, groups, stride, self.padding, self.dilation)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save's default protocol can't write a torch.memory_format.
+        return super().__getstate__() | {"memory_format": memory_format_name(self.memory_format)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"memory_format": MEMORY_FORMATS[state["memory_format"]]})
+
     @with_real_annotations
     def forward(
         self,
@@ -166,7 +189,11 @@ class PlannedConv(CachedWeights):
             residual: (B, K, H', W'), or None to add nothing.
             relu: apply the ReLU.
             overwrite: allow the output to be written to the residual's memory.
+
+        Raises:
+            RuntimeError: if a gradient is due.
         """
+        refuse_gradients(self, x)
         relu = relu or self.relu
         x = x.contiguous(memory_format=self.plan.memory_format)
         if self.fold or not self._norms:
@@ -182,6 +209,13 @@ class PlannedConv(CachedWeights):
         relu: bool = False,
         overwrite: bool = False,
     ) -> Tensor:
+        if torch.jit.is_tracing():
+            # A trace runs elsewhere, and ONNX in another library: no plan and no packed weights.
+            weight, bias = fold_norm(self.weight, self.bias, self.norm if self.fold else None)
+            dtype = self.weight.dtype
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            geometry = (self.stride, self.padding, self.dilation)
+            return run_plain(ConvCall(weight, bias, self.groups, *geometry), x, residual, relu)
         call, run = self._prepare(x)
         if self.plan.tile != (1, 1):
             return _add_relu(self._convolve_tiled(call, run, x), residual, relu)

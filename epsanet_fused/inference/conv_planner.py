@@ -23,10 +23,10 @@ from epsanet_fused.nn.grouped_conv import ConvPlan, merged_conv, numeric_padding
 from epsanet_fused.utils.atomic_write import write_atomically
 from epsanet_fused.utils.capture import inputs_of
 from epsanet_fused.utils.device_info import conv_eps, device_name, library_versions
+from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
 from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave, make_clock
 
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TILES = tuple(itertools.product((1, 2, 4), (1, 2, 4, 8)))[1:]
 # In 16 bits oneDNN (as of PyTorch 2.13) gives wrong sums for some of the wider kernels that tiles
 # need, such as 7 x 8. Tests show that the taller kernels of these tiles are right.
@@ -41,11 +41,6 @@ GIVE_UP_FACTOR = 1.5
 REPS, SECONDS = 15, 0.4
 
 _plan_cache: dict[str, ConvPlan] = {}  # by ConvProblem.key()
-
-
-def memory_format_name(memory_format: torch.memory_format) -> str:
-    """Return "contiguous" or "channels_last"."""
-    return next(name for name, value in MEMORY_FORMATS.items() if value == memory_format)
 
 
 class ConvProblem(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from epsanet_fused.inference.conv import refuse_gradients
+
 
 class _Capture(NamedTuple):
     graph: torch.cuda.CUDAGraph
@@ -47,10 +49,13 @@ class GraphedModel(nn.Module):
 
         Raises:
             ValueError: if the model doesn't return one tensor.
+            RuntimeError: if a gradient is due.
         """
         if tuple(_signature(t) for t in args) != self._signatures:
             plain: Tensor = self.model(*args)
             return plain
+        for arg in args:
+            refuse_gradients(self, arg)
         versions = [0 if t.is_inference() else t._version for t in self._tensors]
         capture = self._capture
         if capture is None or capture.versions != versions:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from epsanet_fused.inference.blocks import Rewrites
-from epsanet_fused.inference.conv_planner import MEMORY_FORMATS, memory_format_name, plan_convs
+from epsanet_fused.inference.conv_planner import plan_convs
 from epsanet_fused.inference.cuda_graph import GraphedModel
 from epsanet_fused.inference.report import Gain, Report, describe_setting
 from epsanet_fused.inference.rewrite import (
@@ -32,6 +32,7 @@ from epsanet_fused.inference.rewrite import (
 )
 from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.utils.capture import as_arguments
+from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
 from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.timing import Timing, Variant, interleave, make_clock
 

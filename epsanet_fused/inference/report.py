@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from epsanet_fused.inference.blocks import Rewrites
-from epsanet_fused.inference.conv_planner import memory_format_name
 from epsanet_fused.inference.rewrite import Targets
 from epsanet_fused.utils.device_info import device_name, library_versions
+from epsanet_fused.utils.memory_format import memory_format_name
 from epsanet_fused.utils.timing import Timing, make_clock
 
 

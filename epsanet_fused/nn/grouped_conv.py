@@ -16,11 +16,13 @@ and the number of multiplications are twice as large.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
 
 
 class ConvPlan(NamedTuple):
@@ -36,6 +38,14 @@ class ConvPlan(NamedTuple):
     groups: int
     tile: tuple[int, int] = (1, 1)
     memory_format: torch.memory_format = torch.contiguous_format
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch.save's default protocol can't write a torch.memory_format.
+        return _plan, (self.groups, self.tile, memory_format_name(self.memory_format))
+
+
+def _plan(groups: int, tile: tuple[int, int], memory_format: str) -> ConvPlan:
+    return ConvPlan(groups, tile, MEMORY_FORMATS[memory_format])
 
 
 def merge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:

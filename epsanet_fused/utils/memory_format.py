@@ -7,12 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def memory_format_name(memory_format: torch.memory_format) -> str:
+    """Return "contiguous" or "channels_last"."""
+    return next(name for name, value in MEMORY_FORMATS.items() if value == memory_format)
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Tell whether x (B, C, H, W) has its channels innermost; x may be a slice of a larger tensor.
 
     A tensor that is contiguous in both formats (one channel, or one pixel) counts as contiguous.
     """
+    if torch.jit.is_tracing():  # there sizes are tensors, whose comparison warns
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     C, H, W = x.shape[1:]
     if x.is_contiguous() or C == 1 or H * W == 1:
         return False
