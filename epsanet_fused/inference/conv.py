@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
+from epsanet_fused.inference.tracked import state_of, track
 from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import (
@@ -56,7 +57,7 @@ class CachedWeights(nn.Module):
     _norms: tuple[nn.Module, ...]
     _cache: Any
     _sources: list[Tensor | None]
-    _versions: list[int] | None
+    _states: list[Any] | None
 
     def __init__(self, origin: nn.Module, norm: nn.Module | None) -> None:
         super().__init__()
@@ -81,23 +82,25 @@ class CachedWeights(nn.Module):
         sources: list[Tensor | None] = [*self._parameters.values()]
         for norm in self._norms:
             sources += (*norm._parameters.values(), *norm._buffers.values())
-        versions = [0 if t is None or t.is_inference() else t._version for t in sources]
-        if versions != self._versions or not all(map(operator.is_, sources, self._sources)):
+        states = [state_of(t) for t in sources]
+        if states != self._states or not all(map(operator.is_, sources, self._sources)):
+            for t in sources:
+                track(t)
             with torch.inference_mode(False), torch.no_grad():
                 self._cache = self.compute_weights()
-            self._sources, self._versions = sources, versions
+            self._sources, self._states = sources, states
         return self._cache
 
     def _clear_cache(self) -> None:
         # Keep the tensors, not their ids: Python may give the id of a freed tensor to another one.
-        self._cache, self._sources, self._versions = None, [], None
+        self._cache, self._sources, self._states = None, [], None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._clear_cache()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None, "_sources": [], "_versions": None}
+        return self.__dict__ | {"_cache": None, "_sources": [], "_states": None}
 
 
 def refuse_gradients(module: nn.Module, x: Tensor) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from epsanet_fused.inference.conv import refuse_gradients
+from epsanet_fused.inference.tracked import state_of, track
 
 
 class _Capture(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     output: Tensor
-    versions: list[int]  # of the model's parameters and buffers
+    states: list[Any]  # of the model's parameters and buffers
 
 
 class GraphedModel(nn.Module):
@@ -56,17 +57,17 @@ class GraphedModel(nn.Module):
             return plain
         for arg in args:
             refuse_gradients(self, arg)
-        versions = [0 if t.is_inference() else t._version for t in self._tensors]
+        states = [state_of(t) for t in self._tensors]
         capture = self._capture
-        if capture is None or capture.versions != versions:
-            capture = self._capture = self._capture_graph(args, versions)
+        if capture is None or capture.states != states:
+            capture = self._capture = self._capture_graph(args, states)
         with torch.no_grad():
             for static_input, arg in zip(capture.inputs, args, strict=True):
                 static_input.copy_(arg)
         capture.graph.replay()
         return capture.output.clone()  # the next replay overwrites it
 
-    def _capture_graph(self, args: tuple[Tensor, ...], versions: list[int]) -> _Capture:
+    def _capture_graph(self, args: tuple[Tensor, ...], states: list[Any]) -> _Capture:
         stream = torch.cuda.Stream()
         # A tensor that is made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -75,7 +76,7 @@ class GraphedModel(nn.Module):
             with torch.cuda.stream(stream):
                 graph, output = self._record(stream, inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        return _Capture(graph, inputs, output, versions)
+        return _Capture(graph, inputs, output, states)
 
     def _record(
         self, stream: torch.cuda.Stream, inputs: list[Tensor]
@@ -110,6 +111,8 @@ class GraphedModel(nn.Module):
     def _clear_capture(self) -> None:
         self._capture = None
         self._tensors = [*self.model.parameters(), *self.model.buffers()]
+        for t in self._tensors:
+            track(t)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_capture": None}

@@ -1,0 +1,82 @@
+"""Tensors that notice writes which their version counter doesn't count.
+
+``tensor.data`` is an alias with a counter of its own. Averages of weights and pruning write through
+it, so what was made from the tensor before would be out of date without a sign.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Reads and writes Tensor.data itself.
+_DATA: Any = Tensor.data
+
+
+class _Tracked:
+    """Counts each use of ``data``, and knows whether an alias that it gave out is still in use."""
+
+    data_uses: int = 0
+    aliases: Sequence[weakref.ref[Tensor]] = ()
+
+    @property
+    def data(self) -> Tensor:
+        """The alias that Tensor.data gives."""
+        alias: Tensor = _DATA.__get__(self)
+        self.data_uses += 1
+        living = [ref for ref in self.aliases if ref() is not None]
+        self.aliases = [*living, weakref.ref(alias)]
+        return alias
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.data_uses += 1
+        _DATA.__set__(self, value)
+
+
+class TrackedParameter(_Tracked, nn.Parameter):
+    """A parameter whose ``data`` is tracked; it is pickled as an ordinary parameter."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Return how to make an ordinary parameter of it."""
+        no_hooks: OrderedDict[str, Any] = OrderedDict()
+        arguments = (self.detach(), self.requires_grad, no_hooks)
+        return torch._utils._rebuild_parameter, arguments
+
+
+class TrackedBuffer(_Tracked, Tensor):
+    """A buffer whose ``data`` is tracked; copies and pickles of it are ordinary tensors."""
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # as nn.Parameter has it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return an ordinary copy."""
+        copied = memo[id(self)] = self.detach().clone()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return how to make an ordinary tensor of it."""
+        return self.detach().__reduce_ex__(protocol)
+
+
+def track(tensor: Tensor | None) -> None:
+    """Make the tensor, and whoever holds it, notice uses of its ``data``."""
+    if type(tensor) is nn.Parameter:
+        tensor.__class__ = TrackedParameter
+    elif type(tensor) is Tensor:
+        tensor.__class__ = TrackedBuffer
+
+
+def state_of(tensor: Tensor | None) -> Any:
+    """Return a value that differs after each write to the tensor, and from itself if unknown."""
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else tensor._version
+    if any(ref() is not None for ref in getattr(tensor, "aliases", ())):
+        return object()  # it may be written to at any time
+    return version, getattr(tensor, "data_uses", 0)
