@@ -7,21 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-
-class UnfusableError(Exception):
-    """A module looks like a PSA module but cannot be replaced; the message gives the reason."""
-
-
-class PSALayers(NamedTuple):
-    """The names of the submodules of a PSA module.
-
-    Attributes:
-        branches: the submodules that compute one branch each, in the order of the module.
-        ses: the names of the two layers of each SE: one pair for all branches, or one per branch.
-    """
-
-    branches: tuple[str, ...]
-    ses: tuple[tuple[str, str], ...]
+from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, parameter_layers, single_conv
 
 
 class _SEWidths(NamedTuple):
@@ -66,7 +52,7 @@ def _classify_children(
     ses: dict[tuple[str, str], _SEWidths] = {}
     others = []
     for name, child in _iter_children(module):
-        layers = _parameter_layers(child)
+        layers = parameter_layers(child)
         if not layers:
             continue
         if (widths := _se_widths(layers)) is not None:
@@ -88,20 +74,6 @@ def _iter_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _parameter_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers in ``module`` that have parameters, by name.
-
-    A parametrized layer holds its parameters in a submodule called ``parametrizations``, so it is
-    recognised by its class. Its weight is not read: reading can change it, as in spectral_norm.
-    """
-    return {
-        name: m
-        for name, m in module.named_modules()
-        if (m._parameters or isinstance(m, (nn.Conv2d, nn.Linear)))
-        and "parametrizations" not in name.split(".")
-    }
-
-
 def _se_widths(layers: dict[str, nn.Module]) -> _SEWidths | None:
     """Return the widths of an SE, or None if ``layers`` do not map C -> R -> C in each pixel."""
     if len(layers) != 2:
@@ -119,28 +91,3 @@ def layer_widths(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
         return layer.in_channels, layer.out_channels
     return None
-
-
-def single_conv(module: nn.Module) -> nn.Conv2d | None:
-    """Return the Conv2d in ``module``, or None if it has none, several, or a Linear as well.
-
-    Norms and activations beside the Conv2d do not matter.
-    """
-    layers = _parameter_layers(module).values()
-    found = [m for m in layers if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return found[0] if len(found) == 1 and isinstance(found[0], nn.Conv2d) else None
-
-
-def branch_convs(module: nn.Module, layers: PSALayers) -> list[nn.Conv2d]:
-    """Return the Conv2d of each branch."""
-    convs = (single_conv(module.get_submodule(name)) for name in layers.branches)
-    return [conv for conv in convs if conv is not None]
-
-
-def bypassed_modules(module: nn.Module, layers: PSALayers) -> dict[str, nn.Module]:
-    """Return the modules that a fused module does not call: all but the branches.
-
-    The key of ``module`` itself is "".
-    """
-    called = {m for name in layers.branches for m in module.get_submodule(name).modules()}
-    return {name: part for name, part in module.named_modules() if part not in called}

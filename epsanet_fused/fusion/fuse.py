@@ -11,16 +11,15 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from epsanet_fused.fusion.detect import (
+from epsanet_fused.fusion.detect import find_layers, layer_widths
+from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec, replace_class
+from epsanet_fused.fusion.verify import verify_module
+from epsanet_fused.nn.equivalence import (
     PSALayers,
     UnfusableError,
     branch_convs,
     bypassed_modules,
-    find_layers,
-    layer_widths,
 )
-from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec, replace_class
-from epsanet_fused.fusion.verify import verify_module
 from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa
 from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.progress import progress

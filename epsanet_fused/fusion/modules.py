@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
-from epsanet_fused.fusion.detect import PSALayers
+from epsanet_fused.nn.equivalence import PSALayers
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import accumulator_dtype
@@ -65,7 +65,9 @@ class FusedPSAVariant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return what the original returns; ``x`` is overwritten if the original does that."""
         spec = self.spec
-        branches = self._convolve(x)  # S tensors (B, C, H', W')
+        # What is written over x would be missing in the backward of the convolutions.
+        keeps_x = spec.overwrites_input and torch.is_grad_enabled()
+        branches = self._convolve(x.clone() if keeps_x else x)  # S tensors (B, C, H', W')
         concat = None
         if spec.overwrites_input:
             concat = torch.cat(branches, 1)  # (B, S * C, H', W')

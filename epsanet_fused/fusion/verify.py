@@ -1,77 +1,15 @@
-"""Verify numerically what a detected PSA module computes.
-
-The module is a black box here. A float64 copy of it runs on random weights and random inputs, and
-so does the fused replacement for each way in which its layers can be used (``PSASpec``). The
-replacement is correct if outputs, gradients and the effect on the input agree in all trials.
-
-The trials are chosen so that another activation, softmax, clamp or detach changes the results:
-hidden units on both sides of zero, small numbers, large numbers, and NaN.
-"""
+"""Find out numerically what a detected PSA module computes (see nn/equivalence.py)."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections import OrderedDict
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from epsanet_fused.backends.registry import use_backend
-from epsanet_fused.fusion.detect import (
-    PSALayers,
-    UnfusableError,
-    branch_convs,
-    bypassed_modules,
-)
 from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec
-
-# Relative. Modules that convert to float32 inside, as some do for autocast, reach no better.
-TOLERANCE = 1e-6
-LARGE = 50.0
-
-
-class Trial(NamedTuple):
-    """The random input and the mode of one run.
-
-    Attributes:
-        seed: of weights and input.
-        B: batch size.
-        extra_size: height and width of the input beyond the smallest that the convolutions accept.
-        training: run in training mode.
-        grads: compare gradients too.
-        scale: factor of the input.
-    """
-
-    seed: int
-    B: int
-    extra_size: tuple[int, int]
-    training: bool = False
-    grads: bool = False
-    scale: float = 1.0
-
-
-TRIALS = (
-    Trial(0, B=2, extra_size=(0, 3), training=True, grads=True),
-    Trial(1, B=1, extra_size=(2, 1), grads=True),
-    Trial(2, B=2, extra_size=(1, 1), scale=LARGE),
-    Trial(3, B=1, extra_size=(13, 20)),
-)
-
-
-class CallResult(NamedTuple):
-    """The effects of one call of a module.
-
-    Attributes:
-        out: the output.
-        input_after: the input after the call.
-        grads: the gradients of input and parameters, if the trial asks for them.
-    """
-
-    out: Tensor
-    input_after: Tensor
-    grads: list[Tensor] | None
+from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, copy_in_float64, prove
 
 
 def verify_module(module: nn.Module, layers: PSALayers, is_reversed: bool) -> PSASpec:
@@ -86,201 +24,27 @@ def verify_module(module: nn.Module, layers: PSALayers, is_reversed: bool) -> PS
         UnfusableError: if there is no such spec, or its branches are in the other order.
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), use_backend("reference"):
-        spec = _find_spec(_copy_in_float64(module), layers)
+        spec = _find_spec(copy_in_float64(module), layers)
     if spec.is_reversed != is_reversed:
         order = "reversed" if spec.is_reversed else "natural"
         raise UnfusableError(f"its branches are in {order} order; order={order!r} takes it")
     return spec
 
 
-def _copy_in_float64(module: nn.Module) -> nn.Module:
-    """Return a copy without hooks: they must not be called, and may refer to large objects."""
-    hooks = (
-        value
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if "_hooks" in name and isinstance(value, dict)
-    )
-    try:
-        copied = copy.deepcopy(module, memo={id(each): OrderedDict() for each in hooks})
-        if next(module.parameters()).device.type == "mps":  # which has no float64
-            copied = copied.cpu()
-        return copied.double().requires_grad_()
-    except Exception as error:  # any attribute of a module can raise any exception
-        raise UnfusableError(f"it can't be copied: {_first_line(error)}") from None
-
-
 def _find_spec(module: nn.Module, layers: PSALayers) -> PSASpec:
     """Return the first spec that agrees with ``module``, or raise an UnfusableError."""
-    errors = []
+    verdicts = []
     for split_input in (False, True):
-        try:
-            specs = _matching_specs(module, layers, split_input)
-        except UnfusableError:
-            raise
-        except Exception as error:  # a module can raise any exception
-            errors.append(_first_line(error))
-            continue
-        if specs:
-            return specs[0]
-    if len(errors) == 2:
-        raise UnfusableError(f"it can't be run on noise: {errors[0]}")
-    raise UnfusableError("it computes something else than a PSA module of such parts")
 
-
-def _matching_specs(module: nn.Module, layers: PSALayers, split_input: bool) -> list[PSASpec]:
-    """Return the specs that agree with ``module`` in all trials."""
-    specs: list[PSASpec] | None = None
-    for trial in TRIALS:
-        generator = torch.Generator().manual_seed(trial.seed)
-        _randomize_parameters(module, layers, trial, generator)
-        x = _random_input(module, layers, split_input, trial, generator)
-        expected = _run_original(module, layers, x, trial)
-        if specs is None:
-            overwrites = not torch.equal(expected.input_after, x)
-            specs = [
+        def specs(overwrites: bool, split_input: bool = split_input) -> list[PSASpec]:
+            return [
                 PSASpec(layers, split_input, relu, is_reversed, overwrites)
                 for relu, is_reversed in itertools.product((False, True), repeat=2)
             ]
-        specs = [spec for spec in specs if _agrees(module, spec, x, trial, expected)]
-        if not specs:
-            break
-    return specs or []
 
-
-@torch.no_grad()
-def _randomize_parameters(
-    module: nn.Module, layers: PSALayers, trial: Trial, generator: torch.Generator
-) -> None:
-    """Draw parameters that preserve the size of activations, so that no sigmoid saturates."""
-    for p in module.parameters():
-        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu")
-        # Small biases, so that hidden units occur on both sides of zero.
-        p.copy_(noise * (0.3 if p.dim() < 2 else (len(p) / p.numel()) ** 0.5))
-    for _, second in layers.ses:
-        for p in module.get_submodule(second).parameters():
-            p.div_(trial.scale)
-
-
-def _random_input(
-    module: nn.Module,
-    layers: PSALayers,
-    split_input: bool,
-    trial: Trial,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return (B, C_in, H, W); the channels' means differ, and a scaled input holds one NaN."""
-    convs = branch_convs(module, layers)
-    side = max(_smallest_side(conv) for conv in convs)
-    C = sum(conv.in_channels for conv in convs) if split_input else convs[0].in_channels
-    H, W = (side + extra for extra in trial.extra_size)
-    noise = torch.randn(trial.B, C, H, W, generator=generator, device="cpu")
-    means = torch.randn(trial.B, C, 1, 1, generator=generator, device="cpu")
-    x = (noise + means) * trial.scale
-    if trial.scale != 1:
-        x[0, 0, 0, 0] = torch.nan
-    return x.to(convs[0].weight)
-
-
-def _smallest_side(conv: nn.Conv2d) -> int:
-    """Return a height and width that ``conv`` accepts, also with reflection padding."""
-    extents = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    padding = conv.padding
-    if isinstance(padding, str):
-        padding = (0, 0) if padding == "valid" else tuple(extents)
-    if padding == (0, 0):
-        return max(extents) + 1
-    return max(3, *(p + 1 for p in padding))
-
-
-def _run_original(module: nn.Module, layers: PSALayers, x: Tensor, trial: Trial) -> CallResult:
-    """Run the module; raise an UnfusableError if it has effects that a fused module lacks."""
-    module.train(trial.training)  # before the snapshot, because it sets an attribute
-    before = _snapshot(module, layers)
-    rng_state = torch.get_rng_state()
-    result = _run(module, x, trial)
-    if not torch.equal(torch.get_rng_state(), rng_state):
-        raise UnfusableError("it draws random numbers")
-    after = _snapshot(module, layers)
-    for name in before | after:
-        if before.get(name) != after.get(name):
-            raise UnfusableError(f"it keeps something from call to call: {name}")
-    return result
-
-
-def _snapshot(module: nn.Module, layers: PSALayers) -> dict[str, tuple[int, int | None]]:
-    """Return identity and length of all attributes of the modules that a fused one bypasses."""
-    return {
-        f"{name}.{attribute}".lstrip("."): (
-            id(value),
-            len(value) if isinstance(value, (list, dict, set)) else None,
-        )
-        for name, part in bypassed_modules(module, layers).items()
-        for attribute, value in vars(part).items()
-    }
-
-
-def _agrees(
-    module: nn.Module, spec: PSASpec, x: Tensor, trial: Trial, expected: CallResult
-) -> bool:
-    """Return whether the fused module gives the expected result.
-
-    Gradients are compared if the original has them.
-    """
-    try:
-        actual = _run(FusedPSAVariant.from_module(module, spec), x, trial)
-    except Exception:  # the branches' shapes differ, or they are no tensors
-        return False
-    if not _close(actual.out, expected.out):
-        return False
-    if not _close(actual.input_after, expected.input_after):
-        return False
-    if expected.grads is None:
-        return True
-    return actual.grads is not None and all(map(_close, actual.grads, expected.grads))
-
-
-def _run(module: nn.Module, x: Tensor, trial: Trial) -> CallResult:
-    """Run the module as the trial says, and restore its buffers, such as a norm's statistics."""
-    module.train(trial.training)
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    try:
-        with torch.set_grad_enabled(trial.grads), torch.autocast(x.device.type, enabled=False):
-            return _call(module, x, trial.grads)
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def _call(module: nn.Module, x: Tensor, grads: bool) -> CallResult:
-    leaves = [x.clone().requires_grad_(), *module.parameters()]
-    given = leaves[0] * 1  # not a leaf, so that the module may write to it
-    out = module(given)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"it returns a {type(out).__name__}")
-    input_after = given.detach().clone()
-    if not grads:
-        return CallResult(out, input_after, None)
-    ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
-    try:
-        found = torch.autograd.grad((out * ramp).sum(), leaves, allow_unused=True)
-    except RuntimeError:
-        if torch.equal(input_after, x):
-            raise
-        # The module overwrote an input that its own backward needs: it can't be trained.
-        return CallResult(out.detach(), input_after, None)
-    return CallResult(
-        out.detach(), input_after, [torch.zeros(()) if g is None else g for g in found]
-    )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
-        return False
-    a, b = a.nan_to_num(), b.nan_to_num()
-    return bool((a - b).norm() <= TOLERANCE * b.norm() + 1e-12)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        verdict = prove(module, layers, split_input, specs, FusedPSAVariant.from_module)
+        if verdict.found:
+            return verdict.found[0]
+        verdicts.append(verdict)
+    # The other guess failed earlier, for a reason that says little about the module.
+    raise UnfusableError(max(verdicts, key=lambda verdict: verdict.progress).reason)

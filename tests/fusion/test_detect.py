@@ -11,7 +11,8 @@ from helpers.psa_variants import OfficialPSA, assert_skipped, official_with
 from torch import nn
 
 import epsanet_fused as ef
-from epsanet_fused.fusion.detect import PSALayers, find_layers
+from epsanet_fused.fusion.detect import find_layers
+from epsanet_fused.nn.equivalence import PSALayers
 
 
 def with_extra(layer: nn.Module) -> nn.Module:

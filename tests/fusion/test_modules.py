@@ -39,9 +39,10 @@ def test_same_gradients(name: str) -> None:
     model.double()
     fused = ef.fuse(copy.deepcopy(model), order=order)
     if name == "External-Attention":
-        for each in (model, fused):
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                each(x.double()).sum().backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            model(x.double()).sum().backward()
+        fused(x.double()).square().sum().backward()  # what the original can't do
+        assert all(p.grad is not None and p.grad.any() for p in fused.parameters())
         return
     gradients = []
     for each in (model, fused):
@@ -119,3 +120,74 @@ def test_symbolic_tracing_gives_the_same_numbers() -> None:
         model, x, order, _ = holder(name)
         ef.fuse(model.eval(), order=order)
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+class WritesToItsInput(nn.Module):
+    """Branches of shares, written into a view of the input and read again; it can be trained."""
+
+    def __init__(self, channels: int = 32, count: int = 4) -> None:
+        super().__init__()
+        width = channels // count
+        self.count = count
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in range(1, count + 1)
+        )
+        self.se = ef.SEWeightModule(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shares = x.view(len(x), self.count, -1, *x.shape[2:])
+        for i, conv in enumerate(self.convs):
+            shares[:, i] = conv(shares.clone()[:, i])
+        gates = torch.stack([self.se(share) for share in shares.unbind(1)], 1).softmax(1)
+        return (shares * gates).flatten(1, 2)
+
+
+class ClonesEachTime(WritesToItsInput):
+    """The same, so that autograd can't follow it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shares = x.view(len(x), self.count, -1, *x.shape[2:])
+        for i, conv in enumerate(self.convs):
+            shares = shares.clone()
+            shares[:, i] = conv(shares[:, i])
+        gates = torch.stack([self.se(share) for share in shares.unbind(1)], 1).softmax(1)
+        return (shares * gates).flatten(1, 2)
+
+
+def test_a_module_that_overwrites_its_input_is_trained_as_before() -> None:
+    plain = nn.Sequential(WritesToItsInput()).double()
+    fused = ef.fuse(copy.deepcopy(plain), order="natural")
+    assert isinstance(fused[0], FusedPSAVariant)
+    results = []
+    for model in (plain, fused):
+        leaf = torch.linspace(-1, 1, 2 * 32 * 49, dtype=torch.float64).view(2, 32, 7, 7)
+        leaf.requires_grad_()
+        given = leaf * 1
+        out = model(given)
+        grads = torch.autograd.grad(out.square().sum(), [leaf, *model.parameters()])
+        results.append([out, given, *grads])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+def test_a_module_that_cannot_be_trained_is_fused() -> None:
+    plain = nn.Sequential(ClonesEachTime())
+    fused = ef.fuse(copy.deepcopy(plain), order="natural")
+    assert isinstance(fused[0], FusedPSAVariant)
+    x = torch.randn(2, 32, 7, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
+
+
+class SoftmaxInFloat32(ef.PSAModule):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = self.convolve(x)
+        gates = torch.stack([self.se(branch) for branch in branches], 1)
+        gates = gates.float().softmax(1).to(x.dtype)
+        return torch.cat([branches[i] * gates[:, i] for i in (3, 2, 1, 0)], 1)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 192, 256, 512])
+def test_a_softmax_in_float32_is_taken_at_every_width(channels: int) -> None:
+    torch.manual_seed(channels)
+    model = ef.fuse(nn.Sequential(SoftmaxInFloat32(channels, channels)))
+    assert isinstance(model[0], ef.FusedPSAModule)
