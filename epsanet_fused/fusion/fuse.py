@@ -20,7 +20,7 @@ from epsanet_fused.nn.equivalence import (
     branch_convs,
     bypassed_modules,
 )
-from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa
+from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa, kinds_of_se
 from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.progress import progress
 
@@ -147,7 +147,9 @@ def _make_replacement(module: nn.Module, layers: PSALayers, is_reversed: bool) -
     _check_class_and_hooks(module, layers)
     spec = verify_module(module, layers, is_reversed)
     if _is_official(module, spec):
-        return replace_class(module, FusedPSAModule)
+        fused = replace_class(module, FusedPSAModule)
+        fused._se_kinds = kinds_of_se(module)
+        return fused
     return FusedPSAVariant.from_module(module, spec)
 
 
@@ -157,6 +159,8 @@ def _is_official(module: nn.Module, spec: PSASpec) -> bool:
     if not is_psa(module) or spec != PSASpec(layers):
         return False
     se: Any = module.se
+    if not kinds_of_se(module):
+        return False
     return se.fc1.bias is not None and se.fc2.bias is not None
 
 

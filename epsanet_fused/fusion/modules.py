@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.nn.equivalence import PSALayers
+from epsanet_fused.nn.fused_psa import se_weights
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
+from epsanet_fused.utils.hooks import are_unmodified
 from epsanet_fused.utils.memory_format import accumulator_dtype
 
 # Symbolic tracing records one call of each of these.
@@ -47,24 +49,71 @@ class FusedPSAVariant(nn.Module):
 
     ``epsanet_fused.fuse`` builds it. It keeps the submodules of the original under their names, and
     calls those of the branches. If all branches share one SE, ``psa_tail`` runs the rest. If each
-    has its own, plain PyTorch runs it with few memory passes, because the operator has one SE.
+    has its own, plain PyTorch runs it with few memory passes, because the operator has one SE. If
+    somebody relies on calls of an SE (see utils/hooks.py), the original's forward runs.
 
     Shape: (B, C_in, H, W) -> (B, S * C, H', W').
     """
 
     spec: PSASpec
+    _original: type[nn.Module]  # the class of the module that this one replaces
+    _se_kinds: tuple[type[nn.Module], ...]  # the classes of the modules that are not called
 
     @classmethod
     def from_module(cls, module: nn.Module, spec: PSASpec) -> FusedPSAVariant:
         """Build the replacement of ``module``, with which it shares its state."""
         fused = replace_class(module, cls)
         fused.spec = spec
+        fused._original = type(module)
+        fused._se_kinds = tuple(map(type, fused._se_modules()))
         return fused
+
+    def reads_ses(self) -> bool:
+        """Return whether the SEs' weights are all that counts: nobody relies on calls of them."""
+        return are_unmodified(self._se_modules(), self._se_kinds)
+
+    def _se_modules(self) -> list[nn.Module]:
+        """Return all modules that are not called: the SEs, and what holds them."""
+        branches = {name.partition(".")[0] for name in self.spec.layers.branches}
+        ses = {first.partition(".")[0] for first, _ in self.spec.layers.ses}
+        found = [self._modules[name] for name in sorted(ses - branches)]
+        for part in found:
+            if part is not None:
+                found += part._modules.values()
+        return [part for part in found if part is not None]
+
+    def _unfused(self) -> nn.Module:
+        """Return a module of the original's class on the same attributes."""
+        original = self._original.__new__(self._original)
+        original.__dict__ = self.__dict__
+        return original
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Let TorchScript compile the original's forward.
+
+        It compiles the class that a module has. The next call makes a fused module of it again.
+        """
+        kind = self._original
+
+        def call(module: nn.Module, *args: Any, **options: Any) -> Any:
+            module.__class__ = FusedPSAVariant
+            return module(*args, **options)
+
+        def reduce(module: nn.Module, protocol: Any) -> Any:
+            module.__class__ = FusedPSAVariant
+            return module.__reduce_ex__(protocol)
+
+        own = {"__call__": call, "__reduce_ex__": reduce, "__module__": kind.__module__}
+        self.__class__ = type(kind.__name__, (kind,), own)
+        return self
 
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return what the original returns; ``x`` is overwritten if the original does that."""
         spec = self.spec
+        if not self.reads_ses():
+            out: Tensor = self._unfused().forward(x)
+            return out
         # What is written over x would be missing in the backward of the convolutions.
         keeps_x = spec.overwrites_input and torch.is_grad_enabled()
         branches = self._convolve(x.clone() if keeps_x else x)  # S tensors (B, C, H', W')
@@ -91,19 +140,16 @@ class FusedPSAVariant(nn.Module):
         branches = [module(share) for module, share in zip(modules, inputs, strict=True)]
         return [F.relu(branch) for branch in branches] if self.spec.relu else branches
 
-    def _se_weights(self, *names: str) -> SEWeights:
-        """Return the weights of an SE; the bias of a layer without one is zero."""
-        layers: list[Any] = [self.get_submodule(name) for name in names]
-        biases = [
-            fc.weight.new_zeros(fc.weight.shape[0]) if fc.bias is None else fc.bias for fc in layers
-        ]
-        return SEWeights(layers[0].weight, biases[0], layers[1].weight, biases[1])
+    def _se_weights(self, first: str, second: str) -> SEWeights:
+        return se_weights(self.get_submodule(first), self.get_submodule(second))
 
     def extra_repr(self) -> str:
         """Return the number of branches, how they are used, and what runs the tail."""
         layers, split = self.spec.layers, self.spec.split_input
         order = "reversed" if self.spec.is_reversed else "natural"
         tail = "psa_tail" if len(layers.ses) == 1 else "one SE per branch, in plain PyTorch"
+        if not self.reads_ses():
+            tail = f"that of {self._original.__name__}, as an SE is modified"
         return f"branches={len(layers.branches)}, split={split}, order={order}, tail={tail}"
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 from torch import nn
 
-from epsanet_fused.backends.registry import use_backend
 from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec
-from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, copy_in_float64, prove
+from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, prove
 
 
 def verify_module(module: nn.Module, layers: PSALayers, is_reversed: bool) -> PSASpec:
@@ -23,8 +21,7 @@ def verify_module(module: nn.Module, layers: PSALayers, is_reversed: bool) -> PS
     Raises:
         UnfusableError: if there is no such spec, or its branches are in the other order.
     """
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), use_backend("reference"):
-        spec = _find_spec(copy_in_float64(module), layers)
+    spec = _find_spec(module, layers)
     if spec.is_reversed != is_reversed:
         order = "reversed" if spec.is_reversed else "natural"
         raise UnfusableError(f"its branches are in {order} order; order={order!r} takes it")

@@ -18,6 +18,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from epsanet_fused.backends.registry import use_backend
+
 
 class UnfusableError(Exception):
     """A module looks like a PSA module but cannot be replaced; the message gives the reason."""
@@ -167,7 +169,7 @@ def prove(
     """Find the candidates that compute what ``module`` computes.
 
     Args:
-        module: a float64 copy. Its parameters are overwritten.
+        module: it is not run or changed; a float64 copy of it is.
         layers: the names of its layers.
         split_input: whether each branch takes an equal share of the input's channels.
         candidates: makes the candidates, told whether the module overwrites its input.
@@ -176,6 +178,17 @@ def prove(
     Raises:
         UnfusableError: if the module has effects that no replacement has.
     """
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), use_backend("reference"):
+        return _try_all(copy_in_float64(module), layers, split_input, candidates, build)
+
+
+def _try_all(
+    module: nn.Module,
+    layers: PSALayers,
+    split_input: bool,
+    candidates: Callable[[bool], Sequence[Candidate]],
+    build: Callable[[nn.Module, Candidate], nn.Module],
+) -> Verdict[Candidate]:
     left: Sequence[Candidate] | None = None
     for progress, trial in enumerate(TRIALS):
         generator = torch.Generator().manual_seed(trial.seed)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
+from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, prove
 from epsanet_fused.nn.grouped_conv import merged_conv
 from epsanet_fused.nn.psa import PSAModule, SEWeightModule, recalibrate_and_concat
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.ops.psa_tail_norm import psa_tail_norm
 from epsanet_fused.utils.annotations import with_real_annotations
-from epsanet_fused.utils.hooks import are_unmodified, is_unmodified
+from epsanet_fused.utils.hooks import are_unmodified, has_hooks, is_unmodified
 
 torch.fx.wrap("psa_tail")  # symbolic tracing records one call of the operator
 
@@ -60,6 +63,9 @@ class FusedPSAModule(PSAModule):
     def from_reference(cls, module: nn.Module) -> FusedPSAModule:
         """Build a fused module that shares the convolutions and the SE module of ``module``.
 
+        A module of another class than ``PSAModule`` is verified on random inputs first, as by
+        ``ef.fuse``. If its SE is another one than the official, the SE is called.
+
         Args:
             module: a ``PSAModule`` or any module with the same layers, such as the official one:
                 Conv2d layers ``conv_1`` to ``conv_4``, ``se.fc1`` and ``se.fc2``. It is not
@@ -69,18 +75,34 @@ class FusedPSAModule(PSAModule):
             The fused module, in the training mode of ``module``.
 
         Raises:
-            TypeError: if one of these layers is missing.
+            TypeError: if one of these layers is missing, if ``module`` has anything that the fused
+                module would not have (further layers, hooks, a forward of its own), or if it
+                computes something else.
         """
         if wrong := missing_layers(module):
             raise TypeError(
                 f"FusedPSAModule.from_reference: module must be a PSAModule, with Conv2d layers "
                 f"{', '.join(LAYERS)}; {type(module).__name__} has none at {', '.join(wrong)}"
             )
+        if lost := _lost_parts(module):
+            raise TypeError(
+                f"FusedPSAModule.from_reference: module must be a PSAModule alone; the fused "
+                f"module would be without {', '.join(lost)} of {type(module).__name__}"
+            )
+        if type(module) in (PSAModule, FusedPSAModule):
+            return cls._sharing(module, getattr(module, "_se_kinds", SE_KINDS))
+        return cls._sharing(module, _prove(module))
+
+    @classmethod
+    def _sharing(cls, module: nn.Module, se_kinds: tuple[type[nn.Module], ...]) -> FusedPSAModule:
+        """Build a fused module on the layers of ``module``, which reads an SE of these kinds."""
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
         for name in (*CONVS, "se"):
             fused.add_module(name, getattr(module, name))
         fused.training = module.training
+        if se_kinds != SE_KINDS:
+            fused._se_kinds = se_kinds
         return fused
 
     def convolve(self, x: Tensor) -> list[Tensor]:
@@ -122,8 +144,7 @@ class FusedPSAModule(PSAModule):
         return are_unmodified((se, *se._modules.values()), self._se_kinds)  # type: ignore[arg-type]
 
     def _se_weights(self) -> SEWeights:
-        fc1, fc2 = self.se.fc1, self.se.fc2
-        return SEWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[arg-type]
+        return se_weights(self.se.fc1, self.se.fc2)
 
     def extra_repr(self) -> str:
         """Return the widths, and what runs the tail."""
@@ -133,9 +154,77 @@ class FusedPSAModule(PSAModule):
         return f"branches=4, channels_per_branch={channels}, hidden={hidden}, tail={tail}"
 
 
+def se_weights(fc1: Any, fc2: Any) -> SEWeights:
+    """Return the weights of an SE's two layers; the bias of a layer without one is zero."""
+    bias1 = fc1.weight.new_zeros(fc1.weight.shape[0]) if fc1.bias is None else fc1.bias
+    bias2 = fc2.weight.new_zeros(fc2.weight.shape[0]) if fc2.bias is None else fc2.bias
+    return SEWeights(fc1.weight, bias1, fc2.weight, bias2)
+
+
 def _convolve(x: Tensor, conv: nn.Module, groups: int) -> Tensor:
     """Return ``conv(x)``, with ``groups`` groups unless somebody relies on a call of the layer."""
     if is_unmodified(conv, nn.Conv2d):
         return merged_conv(x, conv, groups)  # type: ignore[arg-type]
     out: Tensor = conv(x)
     return out
+
+
+def _lost_parts(module: nn.Module) -> list[str]:
+    """Return what a module on the layers of ``module`` would not have, in words."""
+    layers = (*CONVS, "se")
+    lost = [
+        name
+        for name, child in module._modules.items()
+        if name not in layers
+        and child is not None
+        and (any(child.state_dict()) or has_hooks(child))
+    ]
+    lost += [*module._parameters, *module._buffers]
+    if has_hooks(module) or module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        lost.append("the hooks")
+    if "forward" in vars(module):
+        lost.append("the forward that was replaced")
+    return lost
+
+
+def kinds_of_se(module: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Return the classes of the SE and its children; () if these have children of their own."""
+    se: Any = module.se
+    children = list(se._modules.values())
+    if any(child is None or child._modules for child in children):
+        return ()
+    return tuple(map(type, (se, *children)))
+
+
+def _prove(module: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Prove that ``module`` computes what a fused module on its layers does.
+
+    Returns:
+        The classes of the SE and its children, if it is the official SE; () if it must be called.
+
+    Raises:
+        TypeError: if it computes something else.
+    """
+    kinds = kinds_of_se(module)
+    layers = PSALayers(CONVS, (("se.fc1", "se.fc2"),))
+    try:
+        verdict = prove(
+            module,
+            layers,
+            split_input=False,
+            candidates=lambda overwrites: [] if overwrites else [kinds, ()],
+            build=FusedPSAModule._sharing,
+        )
+        reason = verdict.reason
+    except UnfusableError as error:
+        verdict, reason = None, str(error)
+    if verdict is None or not verdict.found:
+        raise TypeError(
+            f"FusedPSAModule.from_reference: module must compute what a PSAModule computes, but "
+            f"{type(module).__name__}: {reason}; it has {_children(module)}"
+        )
+    return verdict.found[0]
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())

@@ -87,16 +87,80 @@ def test_training_from_reference_trains_the_plain_module() -> None:
     torch.testing.assert_close(plain(x), fused(x))
 
 
+class Theirs(nn.Module):
+    """A PSA module of another class, with biases and other kernels and groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for k in (1, 2, 3, 4):
+            conv = nn.Conv2d(8, 4, 2 * k - 1, padding=k - 1, groups=2)
+            self.add_module(f"conv_{k}", conv)
+        self.se = ef.SEWeightModule(4, reduction=2)
+        self.softmax = nn.Softmax(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = [getattr(self, f"conv_{k}")(x) for k in (1, 2, 3, 4)]
+        return recalibrate_and_concat(branches, [self.se(branch) for branch in branches])
+
+
 def test_from_reference_accepts_modules_with_the_same_layers() -> None:
-    """The class does not matter; biases, kernels and groups may differ."""
-    theirs = nn.Module()
-    for k in (1, 2, 3, 4):
-        theirs.add_module(f"conv_{k}", nn.Conv2d(8, 4, 2 * k - 1, padding=k - 1, groups=2))
-    theirs.se = ef.SEWeightModule(4, reduction=2)
-    fused, x = ef.FusedPSAModule.from_reference(theirs), torch.randn(2, 8, 5, 5)
-    branches = [getattr(theirs, f"conv_{k}")(x) for k in (1, 2, 3, 4)]
-    weights = [theirs.se(branch) for branch in branches]
-    torch.testing.assert_close(fused(x), recalibrate_and_concat(branches, weights))
+    theirs, x = Theirs(), torch.randn(2, 8, 5, 5)
+    fused = ef.FusedPSAModule.from_reference(theirs)
+    assert fused.reads_se()
+    torch.testing.assert_close(fused(x), theirs(x))
+
+
+class BiasedGate(ef.SEWeightModule):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+@pytest.mark.parametrize("base", [ef.PSAModule, Theirs])
+def test_another_se_is_called(base: type[nn.Module]) -> None:
+    psa = small(ef.PSAModule) if base is ef.PSAModule else Theirs()
+    width = psa.conv_1.out_channels
+    psa.se = BiasedGate(width, reduction=2)
+    fused = ef.FusedPSAModule.from_reference(psa)
+    assert not fused.reads_se() and "the SE is modified" in repr(fused)
+    x = torch.randn(2, psa.conv_1.in_channels, 5, 5)
+    torch.testing.assert_close(fused(x), psa(x), rtol=0, atol=0)
+
+
+class Residual(Theirs):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def with_attention() -> nn.Module:
+    psa = Theirs()
+    psa.attention = nn.Conv2d(16, 16, 1)
+    return psa
+
+
+def with_hook() -> nn.Module:
+    psa = small(ef.PSAModule)
+    psa.register_forward_hook(lambda *_: None)
+    return psa
+
+
+def with_own_forward() -> nn.Module:
+    psa = small(ef.PSAModule)
+    psa.forward = lambda x: x
+    return psa
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (Residual, "Residual: it computes something else"),
+        (with_attention, "without attention of Theirs"),
+        (with_hook, "without the hooks"),
+        (with_own_forward, "the forward that was replaced"),
+    ],
+)
+def test_from_reference_names_what_it_would_drop(make: Callable[[], nn.Module], named: str) -> None:
+    with pytest.raises(TypeError, match=named):
+        ef.FusedPSAModule.from_reference(make())
 
 
 def without(name: str) -> nn.Module:
