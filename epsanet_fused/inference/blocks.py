@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from epsanet_fused.inference.conv import CachedWeights, PlannedConv
 from epsanet_fused.inference.conv_weights import norm_scale_shift
-from epsanet_fused.nn.fused_psa import CONVS, is_psa
+from epsanet_fused.nn.fused_psa import CONVS, is_psa, kinds_of_se, se_weights
 from epsanet_fused.nn.grouped_conv import ConvPlan
+from epsanet_fused.nn.psa import recalibrate_and_concat
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
-from epsanet_fused.utils.hooks import has_hooks
+from epsanet_fused.utils.hooks import are_unmodified, has_hooks
 from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
 
 
@@ -79,6 +80,7 @@ class PlannedPSA(CachedWeights):
             setattr(self, conv, rewrites.planned_conv(f"{name}.{conv}", getattr(psa, conv)))
         self.se: Any = psa.se
         self.epilogue = rewrites.epilogue and norm is not None
+        self._se_kinds = kinds_of_se(psa)
 
     def compute_weights(self) -> tuple[Tensor, Tensor]:
         """Return the scale and shift of the norm, for the tail's epilogue."""
@@ -87,16 +89,28 @@ class PlannedPSA(CachedWeights):
     @with_real_annotations
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Return relu(norm(psa(x))); without the ReLU unless ``relu``."""
+        out = self.run_psa(x, epilogue=self.epilogue, relu=relu)
+        if not self.epilogue and self.norm is not None:
+            out = self.norm(out)
+        return F.relu(out) if relu and not self.epilogue else out
+
+    def run_psa(self, x: Tensor, epilogue: bool = False, relu: bool = False) -> Tensor:
+        """Return psa(x), with the norm and the ReLU if ``epilogue``."""
         branches = [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
-        fc1, fc2 = self.se.fc1, self.se.fc2
-        fc = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        if self.epilogue:
+        if not are_unmodified((self.se, *self.se._modules.values()), self._se_kinds):
+            out = recalibrate_and_concat(branches, [self.se(branch) for branch in branches])
+            if epilogue:
+                out = self.norm(out)
+            return F.relu(out) if epilogue and relu else out
+        fc = se_weights(self.se.fc1, self.se.fc2)
+        if epilogue:
             compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
             scale, shift = self.compute_weights() if compiling else self.cached_weights()
             return psa_tail(branches, *fc, scale=scale, shift=shift, relu=relu)
-        out = psa_tail(branches, *fc)
-        out = out if self.norm is None else self.norm(out)
-        return F.relu(out) if relu else out
+        return psa_tail(branches, *fc)
+
+
+_BYPASSED = ("bn1", "bn2", "bn3", "relu")
 
 
 class PlannedBlock(nn.Module):
@@ -129,6 +143,11 @@ class PlannedBlock(nn.Module):
             conv, norm = block.downsample
             planned = rewrites.planned_conv(f"{name}.downsample.0", conv, norm)
             self.downsample = ConvNorm(planned, norm)
+        # They are not called, unless somebody relies on it.
+        self._bypassed = tuple(
+            n for n in _BYPASSED if isinstance(getattr(self, n, None), nn.Module)
+        )
+        self._kinds = tuple(type(getattr(self, n)) for n in self._bypassed)
 
     @with_real_annotations
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
@@ -142,6 +161,8 @@ class PlannedBlock(nn.Module):
                 "a model from optimize_for_inference has no training mode; train the model that it "
                 "was made from, and optimize that again"
             )
+        if not are_unmodified([getattr(self, n) for n in self._bypassed], self._kinds):
+            return self._call_all(x)
         downsample = self.downsample
         identity = x if downsample is None else downsample(x)
         if isinstance(downsample, ConvNorm):
@@ -149,6 +170,17 @@ class PlannedBlock(nn.Module):
             overwrite = not has_hooks(downsample, downsample[0])
         out: Tensor = self.conv2(self.conv1(x, relu=True), relu=True)
         out = self.conv3(out, identity, relu=True, overwrite=overwrite)
+        return out
+
+    def _call_all(self, x: Tensor) -> Tensor:
+        """Return the block's output; every norm and every ReLU is called."""
+        parts: Any = self  # their types are known above
+        relu, psa = getattr(self, "relu", F.relu), parts.conv2
+        identity = x if self.downsample is None else self.downsample(x)
+        out: Tensor = relu(parts.bn1(self.conv1.run_conv(x)))
+        out = psa.run_psa(out) if isinstance(psa, PlannedPSA) else psa.run_conv(out)
+        out = parts.bn3(self.conv3.run_conv(relu(parts.bn2(out))))
+        out = relu(out + identity)
         return out
 
 
@@ -170,8 +202,9 @@ class ConvNorm(nn.Sequential):
 
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
-        """Run the PlannedConv alone."""
-        out: Tensor = self[0](x)
+        """Run the PlannedConv alone, unless somebody relies on a call of the norm."""
+        conv: Any = self[0]
+        out: Tensor = self[1](conv.run_conv(x)) if has_hooks(self[1]) else conv(x)
         return out
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
-from epsanet_fused.inference.tracked import state_of, track
 from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import (
@@ -23,6 +22,7 @@ from epsanet_fused.utils.memory_format import (
     is_channels_last,
     memory_format_name,
 )
+from epsanet_fused.utils.tracked import state_of, track
 
 
 class ConvCall(NamedTuple):
@@ -204,6 +204,12 @@ class PlannedConv(CachedWeights):
         else:
             out = _add_relu(self.norm(self._convolve(x)), residual, relu)
         return out.contiguous(memory_format=self.memory_format)
+
+    def run_conv(self, x: Tensor) -> Tensor:
+        """Return the convolution of x alone, without the norm and the ReLU, run as PyTorch does."""
+        refuse_gradients(self, x)
+        geometry = (self.stride, self.padding, self.dilation)
+        return F.conv2d(x, self.weight, self.bias, *geometry, self.groups)
 
     def _convolve(
         self,

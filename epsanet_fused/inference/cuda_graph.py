@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epsanet_fused.inference.conv import refuse_gradients
-from epsanet_fused.inference.tracked import state_of, track
+from epsanet_fused.utils.tracked import state_of, track
 
 
 class _Capture(NamedTuple):

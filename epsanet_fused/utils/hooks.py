@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from epsanet_fused.utils.tracked import TrackedParameter
+
 _common = nn.modules.module
-_ORDINARY = (nn.Parameter, Tensor, type(None))
+_ORDINARY = (nn.Parameter, TrackedParameter, Tensor, type(None))
 # Exporters run a model on tensors of classes from here, which stand for ordinary ones.
 _TRACING = "torch._subclasses."
 

@@ -181,3 +181,27 @@ def test_derived_tensors_are_made_anew_in_another_dtype(
     reordered = 1e-13 * expected.norm()  # of sums in float64
     limit = 2 * (plain - expected).norm() + reordered
     assert (result - expected).norm() <= limit
+
+
+@pytest.mark.parametrize(
+    "layer",
+    ["bn1", "bn2", "bn3", "relu", "downsample.1", "conv2.se", "conv2.se.fc1", "conv2.se.sigmoid"],
+)
+def test_a_hook_on_any_layer_is_called(fast: nn.Module, layer: str) -> None:
+    plain = small(ef.EPSABlock)
+    plain.load_state_dict(fast.state_dict())
+    seen: dict[nn.Module, int] = {}
+    handles = []
+    for model in (plain, fast):
+
+        def change(module: nn.Module, _args: object, out: Tensor, model=model) -> Tensor:
+            seen[model] = seen.get(model, 0) + 1
+            return out * 0.5
+
+        module = model.layer2[0].get_submodule(layer)
+        handles.append(module.register_forward_hook(change))
+    assert_same_function(fast, plain)
+    assert seen[fast] == seen[plain] > 0
+    for handle in handles:
+        handle.remove()
+    assert_same_function(fast, plain)
