@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
-from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, parameter_layers, single_conv
+from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, convs_of, parameter_layers
 
 
 class _SEWidths(NamedTuple):
@@ -15,11 +15,28 @@ class _SEWidths(NamedTuple):
     hidden: int
 
 
+class _Children(NamedTuple):
+    """The children of a module, by name.
+
+    Attributes:
+        convs: the convolutions of each child that holds some and is no SE.
+        ses: the SEs, by the names of their two layers.
+        others: the names of the other children with parameters.
+        in_lists: the names of children that are members of a ModuleList or ModuleDict.
+    """
+
+    convs: dict[str, list[nn.Conv2d]]
+    ses: dict[tuple[str, str], _SEWidths]
+    others: list[str]
+    in_lists: set[str]
+
+
 def find_layers(module: nn.Module) -> PSALayers | None:
     """Find the layers of a PSA module among the children of ``module``.
 
-    A PSA module has two or more children with one Conv2d each, which differ in kernel size, groups
-    or dilation, and one SE as wide as the output of each of them, or one SE per branch.
+    A PSA module has two or more children that end in a Conv2d, and one SE as wide as the output of
+    each of them, or one SE per branch. The branches differ in kernel size, groups or dilation, are
+    members of one list, or are at least three: two equal convolutions and an SE are a usual block.
 
     Returns:
         The names of the layers, or None if ``module`` does not look like a PSA module.
@@ -27,11 +44,12 @@ def find_layers(module: nn.Module) -> PSALayers | None:
     Raises:
         UnfusableError: if it looks like one, but has other layers too or an SE that does not fit.
     """
-    convs, ses, others = _classify_children(module)
+    convs, ses, others, in_lists = _classify_children(module)
+    if not ses:
+        _name_what_is_no_se(convs, in_lists)
     widths = {se.channels for se in ses.values()}
-    branches = {name: conv for name, conv in convs.items() if conv.out_channels in widths}
-    shapes = {(conv.kernel_size, conv.groups, conv.dilation) for conv in branches.values()}
-    if len(shapes) < 2:
+    branches = {name: c for name, c in convs.items() if c[-1].out_channels in widths}
+    if not _look_like_branches(branches, in_lists):
         return None
     others += [name for name in convs if name not in branches]
     if others or module._parameters:
@@ -44,25 +62,54 @@ def find_layers(module: nn.Module) -> PSALayers | None:
     return PSALayers(tuple(branches), tuple(ses))
 
 
-def _classify_children(
-    module: nn.Module,
-) -> tuple[dict[str, nn.Conv2d], dict[tuple[str, str], _SEWidths], list[str]]:
-    """Return the children with one Conv2d, the SEs, and the names of the others with parameters."""
-    convs: dict[str, nn.Conv2d] = {}
-    ses: dict[tuple[str, str], _SEWidths] = {}
-    others = []
+def _look_like_branches(branches: Mapping[str, list[nn.Conv2d]], in_lists: set[str]) -> bool:
+    kinds = {tuple((c.kernel_size, c.groups, c.dilation) for c in b) for b in branches.values()}
+    if len(branches) < 2:
+        return False
+    return len(kinds) > 1 or len(branches) > 2 or branches.keys() <= in_lists
+
+
+def _name_what_is_no_se(convs: Mapping[str, list[nn.Conv2d]], in_lists: set[str]) -> None:
+    """Raise an UnfusableError if one child would be the SE of the others but for its layers."""
+    for name, layers in convs.items():
+        width = layers[-1].out_channels
+        if len(layers) < 3 or layers[0].in_channels != width or layers[0].kernel_size != (1, 1):
+            continue
+        others = {n: c for n, c in convs.items() if n != name and c[-1].out_channels == width}
+        if _look_like_branches(others, in_lists):
+            raise UnfusableError(f"{name} is no SE of two layers, but has {len(layers)}")
+
+
+def name_lookalike(module: nn.Module) -> str | None:
+    """Return what ``module`` is, if people take it for a PSA module or its layers can't be seen."""
+    if "PSA" in type(module).__name__ and {"attn", "cv1"} & module._modules.keys():
+        return "it is YOLO's partial self-attention, another operator"
+    for name, value in vars(module).items():
+        if isinstance(value, (list, tuple)) and not name.startswith("_"):
+            hidden = [m for m in value if isinstance(m, nn.Module) and convs_of(m)]
+            if len(hidden) > 1:
+                return (
+                    f"{name} is a Python list, in which PyTorch sees no layers; use nn.ModuleList"
+                )
+    return None
+
+
+def _classify_children(module: nn.Module) -> _Children:
+    found = _Children({}, {}, [], set())
     for name, child in _iter_children(module):
         layers = parameter_layers(child)
         if not layers:
             continue
+        if "." in name:
+            found.in_lists.add(name)
         if (widths := _se_widths(layers)) is not None:
             first, second = (f"{name}.{layer}" for layer in layers)
-            ses[first, second] = widths
-        elif (conv := single_conv(child)) is not None:
-            convs[name] = conv
+            found.ses[first, second] = widths
+        elif convs := convs_of(child):
+            found.convs[name] = convs
         else:
-            others.append(name)
-    return convs, ses, others
+            found.others.append(name)
+    return found
 
 
 def _iter_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch.fx
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from epsanet_fused.fusion.detect import find_layers, layer_widths
+from epsanet_fused.fusion.detect import find_layers, layer_widths, name_lookalike
 from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec, replace_class
 from epsanet_fused.fusion.verify import verify_module
 from epsanet_fused.nn.equivalence import (
@@ -45,9 +46,9 @@ def fuse(model: nn.Module, *, order: str = "reversed", dry_run: bool = False) ->
     """Replace every PSA module (arXiv 2105.14447) in ``model`` by a fused one.
 
     A PSA module is recognised by its layers, not by names of classes or layers: two or more sibling
-    convolutions with different kernels, groups or dilations, and an SE as wide as each of them, or
-    one SE per convolution. All sizes and biases are those of the layers. Each convolution may take
-    all input channels or an equal share of them; a norm and an activation may follow it.
+    branches that end in a convolution, and an SE as wide as each of them, or one SE per branch. A
+    branch may be any module. All sizes and biases are those of the layers. Each branch may take all
+    input channels or an equal share of them.
 
     Each replacement is verified before it is used: a float64 copy of the module and the fused one
     run on random inputs with random weights, and must agree in outputs, gradients and effects on
@@ -56,8 +57,8 @@ def fuse(model: nn.Module, *, order: str = "reversed", dry_run: bool = False) ->
 
     Parameters are shared, so optimizers and EMA copies that hold them remain valid. Names,
     state_dict, device, dtype, training mode, hooks and other attributes are kept. Methods of the
-    original class and second derivatives are not (see ``psa_tail``). Hooks that are registered on
-    an SE afterwards are not called.
+    original class are not. If somebody relies on calls of an SE afterwards, for example by a hook
+    or an adapter, the original's forward runs.
 
     Args:
         model: any model. It is changed in place, after all its modules have been examined.
@@ -78,10 +79,13 @@ def fuse(model: nn.Module, *, order: str = "reversed", dry_run: bool = False) ->
     if order not in ORDERS:
         raise ValueError(f"fuse: order must be 'reversed' or 'natural', got {order!r}")
     findings = _examine(_detect(model), order == "reversed")
-    if not findings and not any(isinstance(m, FUSED_CLASSES) for m in model.modules()):
+    fused = any(isinstance(m, FUSED_CLASSES) for m in model.modules())
+    if not fused and not any(f.looks_like_one for f in findings):
+        named = "; ".join(f"{f.names[0] or 'the model'}: {f.skip_reason}" for f in findings)
         raise ValueError(
-            f"fuse: model must hold a PSA module, sibling Conv2d layers and an SE as wide as each "
-            f"of them, but {type(model).__name__} has none"
+            f"fuse: model must hold a PSA module, sibling branches that end in a Conv2d and an SE "
+            f"as wide as each of them, but {type(model).__name__} has none"
+            + (f" ({named})" if named else "")
         )
     if dry_run:
         print(_table(findings))
@@ -99,6 +103,7 @@ class Finding(NamedTuple):
         layers: the names of its layers; None if they are not those of a PSA module.
         replacement: the fused module; None if the module is skipped or not examined yet.
         skip_reason: the reason why the module is skipped, or "".
+        looks_like_one: False for a module that is only named, so that nobody looks for it.
     """
 
     module: nn.Module
@@ -106,6 +111,7 @@ class Finding(NamedTuple):
     layers: PSALayers | None
     replacement: nn.Module | None = None
     skip_reason: str = ""
+    looks_like_one: bool = True
 
 
 def _detect(model: nn.Module) -> list[Finding]:
@@ -124,6 +130,8 @@ def _detect(model: nn.Module) -> list[Finding]:
         else:
             if layers is not None:
                 findings.append(Finding(module, names[module], layers))
+            elif reason := name_lookalike(module):
+                findings.append(Finding(module, names[module], None, None, reason, False))
     return findings
 
 
@@ -171,6 +179,10 @@ def _check_class_and_hooks(module: nn.Module, layers: PSALayers) -> None:
             raise UnfusableError(f"{type(module).__name__} has a {name} of its own")
     if module._load_state_dict_pre_hooks:
         raise UnfusableError("it has hooks for loading a state_dict")
+    if type(module) is nn.Module or isinstance(module, torch.fx.GraphModule):
+        raise UnfusableError(
+            "it is part of a graph that torch.fx traced; fuse the model before that"
+        )
     arguments = list(inspect.signature(module.forward).parameters.values())
     if len(arguments) != 1 or arguments[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise UnfusableError("its forward takes more than one tensor")
@@ -189,7 +201,7 @@ def _check_class_and_hooks(module: nn.Module, layers: PSALayers) -> None:
 
 
 def _warn_of_skipped(findings: Sequence[Finding]) -> None:
-    for module, names, _, _, reason in findings:
+    for module, names, _, _, reason, _ in findings:
         for name in names if reason else ():
             text = f"fuse: {name or 'the model'} ({type(module).__name__}) is skipped: {reason}"
             warnings.warn(text, UserWarning, stacklevel=3)
@@ -230,13 +242,17 @@ def _describe_layers(finding: Finding) -> tuple[str, str]:
     if finding.layers is None:
         return "?", "?"
     convs = branch_convs(finding.module, finding.layers)
-    kernels = " ".join(f"{'x'.join(map(str, c.kernel_size))}/{c.groups}" for c in convs)
+    kernels = " ".join("+".join(map(_describe_conv, branch)) for branch in convs)
     ses = finding.layers.ses
     widths = layer_widths(finding.module.get_submodule(ses[0][0]))
     assert widths is not None  # find_layers accepts no other layer
     C, R = widths
     count = f"{len(ses)} x " if len(ses) > 1 else ""
     return kernels, f"{count}{C}-{R}-{C}"
+
+
+def _describe_conv(conv: nn.Conv2d) -> str:
+    return f"{'x'.join(map(str, conv.kernel_size))}/{conv.groups}"
 
 
 def _describe_result(finding: Finding) -> tuple[str, str]:

@@ -100,20 +100,14 @@ def parameter_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def single_conv(module: nn.Module) -> nn.Conv2d | None:
-    """Return the Conv2d in ``module``, or None if it has none, several, or a Linear as well.
-
-    Norms and activations beside the Conv2d do not matter.
-    """
-    layers = parameter_layers(module).values()
-    found = [m for m in layers if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return found[0] if len(found) == 1 and isinstance(found[0], nn.Conv2d) else None
+def convs_of(module: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions in ``module``, in the order in which they are registered."""
+    return [m for m in parameter_layers(module).values() if isinstance(m, nn.Conv2d)]
 
 
-def branch_convs(module: nn.Module, layers: PSALayers) -> list[nn.Conv2d]:
-    """Return the Conv2d of each branch."""
-    convs = (single_conv(module.get_submodule(name)) for name in layers.branches)
-    return [conv for conv in convs if conv is not None]
+def branch_convs(module: nn.Module, layers: PSALayers) -> list[list[nn.Conv2d]]:
+    """Return the convolutions of each branch."""
+    return [convs_of(module.get_submodule(name)) for name in layers.branches]
 
 
 def bypassed_modules(module: nn.Module, layers: PSALayers) -> dict[str, nn.Module]:
@@ -232,15 +226,17 @@ def _random_input(
 ) -> Tensor:
     """Return (B, C_in, H, W); the channels' means differ, and a scaled input holds one NaN."""
     convs = branch_convs(module, layers)
-    side = max(_smallest_side(conv) for conv in convs)
-    C = sum(conv.in_channels for conv in convs) if split_input else convs[0].in_channels
+    # A convolution without padding leaves a smaller input to the next one.
+    side = max(sum(map(_smallest_side, branch)) for branch in convs)
+    widths = [branch[0].in_channels for branch in convs]
+    C = sum(widths) if split_input else widths[0]
     H, W = (side + extra for extra in trial.extra_size)
     noise = torch.randn(trial.B, C, H, W, generator=generator, device="cpu")
     means = torch.randn(trial.B, C, 1, 1, generator=generator, device="cpu")
     x = (noise + means) * trial.scale
     if trial.scale != 1:
         x[0, 0, 0, 0] = torch.nan
-    return x.to(convs[0].weight)
+    return x.to(convs[0][0].weight)
 
 
 def _smallest_side(conv: nn.Conv2d) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
 import pytest
+import torch
 from helpers import psa_variants as variants
 from helpers.psa_variants import OfficialPSA, assert_skipped, official_with
 from torch import nn
 
 import epsanet_fused as ef
 from epsanet_fused.fusion.detect import find_layers
+from epsanet_fused.fusion.modules import FusedPSAVariant
 from epsanet_fused.nn.equivalence import PSALayers
 
 
@@ -81,3 +84,104 @@ def test_lazy_layers_elsewhere_are_accepted() -> None:
     model = nn.Sequential(OfficialPSA(64, 64), nn.Sequential(lazy))
     ef.fuse(model)
     assert type(model[0]) is ef.FusedPSAModule
+
+
+def separable(k: int) -> nn.Module:
+    depthwise = nn.Conv2d(64, 64, k, padding=k // 2, groups=64)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 16, 1))
+
+
+class Residual(nn.Module):
+    """A branch that isn't a row of layers."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(64, 16, 1)
+        self.conv = nn.Conv2d(16, 16, k, padding=k // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.reduce(x)
+        return x + self.conv(x).relu()
+
+
+class OfBranches(nn.Module):
+    def __init__(self, branches: list[nn.Module], se: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.se = se or ef.SEWeightModule(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = [branch(x) for branch in self.branches]
+        gates = torch.stack([self.se(m) for m in made], 1).softmax(1)
+        return torch.cat([m * gates[:, i] for i, m in reversed(list(enumerate(made)))], 1)
+
+
+BRANCHES: dict[str, Callable[[int], nn.Module]] = {
+    "separable": separable,
+    "a residual": Residual,
+    "without padding": lambda k: nn.Sequential(nn.Conv2d(64, 8, 3), nn.Conv2d(8, 16, 3)),
+    "equal kernels": lambda k: nn.Conv2d(64, 16, 3, padding=1, groups=4),
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_branches_may_be_any_modules(branch: str) -> None:
+    plain = nn.Sequential(OfBranches([BRANCHES[branch](k) for k in (3, 5, 7, 9)])).double()
+    fused = ef.fuse(copy.deepcopy(plain))
+    assert isinstance(fused[0], FusedPSAVariant)
+    x = torch.randn(2, 64, 12, 11, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_the_table_shows_all_convolutions_of_a_branch(capsys: pytest.CaptureFixture[str]) -> None:
+    ef.fuse(OfBranches([separable(k) for k in (3, 5)]), dry_run=True)
+    assert "3x3/64+1x1/1 5x5/64+1x1/1" in capsys.readouterr().out
+
+
+class WithAdapter(ef.SEWeightModule):
+    def __init__(self) -> None:
+        super().__init__(16, 4)
+        self.adapter = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.adapter(self.avg_pool(x))
+
+
+def test_an_se_with_more_layers_is_named() -> None:
+    model = OfBranches([nn.Conv2d(64, 16, k, padding=k // 2) for k in (3, 5)], WithAdapter())
+    assert_skipped(model, "se is no SE of two layers, but has 3")
+
+
+class InAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = [nn.Conv2d(64, 16, k, padding=k // 2) for k in (3, 5, 7, 9)]
+        self.se = ef.SEWeightModule(16, 4)
+
+
+LOOKALIKES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "YOLO's PSA": (lambda: PSA(), "YOLO's partial self-attention"),
+    "a Python list": (InAList, "branches is a Python list, .*nn.ModuleList"),
+}
+
+
+class PSA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cv1, self.attn, self.cv2 = nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.Conv2d(8, 8, 1)
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_what_looks_like_one_is_named_for_what_it_is(name: str) -> None:
+    make, reason = LOOKALIKES[name]
+    with pytest.raises(ValueError, match=rf"model must hold a PSA module.*0: .*{reason}"):
+        ef.fuse(nn.Sequential(make()))
+    with pytest.warns(UserWarning, match=rf"fuse: 1 .* is skipped: .*{reason}"):
+        model = ef.fuse(nn.Sequential(OfficialPSA(64, 64), make()))
+    assert type(model[0]) is ef.FusedPSAModule
+
+
+def test_a_traced_graph_is_named() -> None:
+    traced = torch.fx.symbolic_trace(nn.Sequential(OfficialPSA(64, 64)))
+    with pytest.warns(UserWarning, match=r"fuse: 0 .* part of a graph that torch\.fx traced"):
+        ef.fuse(traced)
