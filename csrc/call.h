@@ -13,6 +13,10 @@ struct SETensors {
   const Tensor &fc1_weight, &fc1_bias, &fc2_weight, &fc2_bias;
 };
 
+inline bool is_per_branch(const SETensors& se) {
+  return se.fc1_weight.dim() == 3;
+}
+
 // The arguments as psa.h has them, and the tensors that must stay alive while kernels run.
 struct Call {
   std::vector<Tensor> branches;
@@ -27,22 +31,37 @@ inline Call make_call(std::vector<Tensor> branches, const SETensors& se) {
   const Tensor& x = branches[0];
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
   STD_TORCH_CHECK(C >= 1 && H >= 1 && W >= 1, "psa_tail: branches must have C, H, W >= 1");
-  STD_TORCH_CHECK(se.fc1_weight.dim() >= 2 && se.fc1_weight.size(0) >= 1,
-                  "psa_tail: fc1_weight must be (R, C) with R >= 1");
-  const int64_t R = se.fc1_weight.size(0);
-  check_weight(se.fc1_weight, "fc1_weight", x, R, C);
-  check(se.fc1_bias, "fc1_bias", x, {R});
-  check_weight(se.fc2_weight, "fc2_weight", x, C, R);
-  check(se.fc2_bias, "fc2_bias", x, {C});
+  const int64_t S = int64_t(branches.size());
+  const bool per_branch = is_per_branch(se);
+  STD_TORCH_CHECK(se.fc1_weight.dim() >= 2 && se.fc1_weight.size(per_branch) >= 1,
+                  "psa_tail: fc1_weight must be (R, C) or (S, R, C) with R >= 1");
+  const int64_t R = se.fc1_weight.size(per_branch);
+  if (per_branch) {
+    check(se.fc1_weight, "fc1_weight", x, {S, R, C});
+    check(se.fc1_bias, "fc1_bias", x, {S, R});
+    check(se.fc2_weight, "fc2_weight", x, {S, C, R});
+    check(se.fc2_bias, "fc2_bias", x, {S, C});
+  } else {
+    check_weight(se.fc1_weight, "fc1_weight", x, R, C);
+    check(se.fc1_bias, "fc1_bias", x, {R});
+    check_weight(se.fc2_weight, "fc2_weight", x, C, R);
+    check(se.fc2_bias, "fc2_bias", x, {C});
+  }
   for (const Tensor& branch : branches) {
     check(branch, "a branch", x, {B, C, H, W});
     STD_TORCH_CHECK(branch.scalar_type() == x.scalar_type(), "psa_tail: branches of two dtypes");
   }
   Call call;
-  const int64_t S = int64_t(branches.size());
   call.tail = {B, S, C, H * W, dtype_of(x, "branches"), nullptr, {}, {}, nullptr, nullptr};
-  call.tail.se = {R, matrix(se.fc1_weight, "fc1_weight"), matrix(se.fc1_bias, "fc1_bias"),
-                  matrix(se.fc2_weight, "fc2_weight"), matrix(se.fc2_bias, "fc2_bias")};
+  const auto of = [&](const Tensor& m, const char* name) {
+    return matrix(m, name, false, per_branch);
+  };
+  call.tail.se = {R,
+                  per_branch,
+                  of(se.fc1_weight, "fc1_weight"),
+                  of(se.fc1_bias, "fc1_bias"),
+                  of(se.fc2_weight, "fc2_weight"),
+                  of(se.fc2_bias, "fc2_bias")};
   for (const Tensor& branch : branches) {
     call.branches.push_back(with_uniform_pixel_stride(branch));
     call.strided_branches.push_back(strided(call.branches.back()));
@@ -84,7 +103,7 @@ inline GradientTensors make_gradients(const std::vector<Tensor>& branches, const
       const auto sizes = tensor->sizes();
       const std::vector<int64_t> copied(sizes.begin(), sizes.end());
       result.fc.push_back(empty_contiguous(copied, tensor->scalar_type(), *tensor));
-      *grad = matrix(result.fc.back(), "a gradient", true);
+      *grad = matrix(result.fc.back(), "a gradient", true, is_per_branch(se));
     }
   }
   return result;

@@ -23,16 +23,19 @@ struct Strided {
 };
 
 // A matrix (rows, columns), or a vector of rows, with its strides in elements and a dtype of its
-// own. `data` is null if the argument isn't given.
+// own. `data` is null if the argument isn't given. With one for each branch, `branch` leads from
+// one to the next; else it is 0.
 struct Matrix {
   void* data;
   Dtype dtype;
-  int64_t row, column;
+  int64_t row, column, branch;
 };
 
-// The SE module: fc1_weight (R, C), fc1_bias (R), fc2_weight (C, R), fc2_bias (C).
+// The SE module: fc1_weight (R, C), fc1_bias (R), fc2_weight (C, R), fc2_bias (C); of all branches,
+// or of each.
 struct SEWeights {
   int64_t R;
+  bool per_branch;
   Matrix fc1_weight, fc1_bias, fc2_weight, fc2_bias;
 };
 

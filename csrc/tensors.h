@@ -97,10 +97,14 @@ inline Strided strided(const Tensor& x) {
   return strided(x, const_cast<void*>(x.const_data_ptr()));
 }
 
-inline Matrix matrix(const Tensor& m, const char* name, bool writable = false) {
+// With per_branch, the first dimension is that of the branches.
+inline Matrix matrix(const Tensor& m, const char* name, bool writable = false,
+                     bool per_branch = false) {
   const auto stride = m.strides();
   void* data = writable ? m.mutable_data_ptr() : const_cast<void*>(m.const_data_ptr());
-  return {data, dtype_of(m, name), stride[0], m.dim() > 1 ? stride[1] : 0};
+  const int64_t row = per_branch ? 1 : 0, column = row + 1;
+  return {data, dtype_of(m, name), stride[row], m.dim() > column ? stride[column] : 0,
+          per_branch ? stride[0] : 0};
 }
 
 inline bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {

@@ -70,7 +70,13 @@ void write_matrix(const Matrix& m, int64_t rows, int64_t columns, const A* from,
 }
 
 inline Matrix transposed(const Matrix& m) {
-  return {m.data, m.dtype, m.column, m.row};
+  return {m.data, m.dtype, m.column, m.row, m.branch};
+}
+
+// Branch s's matrix.
+inline Matrix of_branch(const Matrix& m, int64_t s) {
+  char* data = static_cast<char*>(m.data);
+  return {data + s * m.branch * size_of(m.dtype), m.dtype, m.row, m.column, 0};
 }
 
 template <class A>
@@ -85,32 +91,39 @@ A dot(const A* a, const A* b, int64_t n) {
   return sum_lanes(s0 + s1);
 }
 
-// The SE module's weights in the accumulator's type, both as (R, ld), padded with zeros.
+// The SE module's weights in the accumulator's type, both as (R, ld), padded with zeros: of all
+// branches, or of each branch after the other.
 template <class A>
 class SEModule {
  public:
   SEModule(const SEWeights& se, int64_t S, int64_t C)
-      : S(S), C(C), ld(padded<A>(C)), R(se.R), weights_(2 * R * ld + ld + R) {
-    fc1_ = weights_.get();
-    fc2_ = fc1_ + R * ld;
-    fc2_bias_ = fc2_ + R * ld;
-    fc1_bias_ = fc2_bias_ + ld;
-    __builtin_memset(fc1_, 0, size_t(2 * R * ld + ld) * sizeof(A));
-    read_matrix(fc1_, ld, se.fc1_weight, R, C);
-    read_matrix(fc2_, ld, transposed(se.fc2_weight), R, C);
-    read_matrix(fc1_bias_, 1, se.fc1_bias, R, 1);
-    read_matrix(fc2_bias_, 1, se.fc2_bias, C, 1);
+      : S(S),
+        C(C),
+        ld(padded<A>(C)),
+        R(se.R),
+        modules(se.per_branch ? S : 1),
+        size_(2 * R * ld + ld + padded<A>(R)),
+        weights_(modules * size_) {
+    __builtin_memset(weights_.get(), 0, size_t(modules * size_) * sizeof(A));
+    for (int64_t i = 0; i < modules; ++i) {
+      const Weights w = weights(i);
+      read_matrix(w.fc1, ld, of_branch(se.fc1_weight, i), R, C);
+      read_matrix(w.fc2, ld, transposed(of_branch(se.fc2_weight, i)), R, C);
+      read_matrix(w.fc1_bias, 1, of_branch(se.fc1_bias, i), R, 1);
+      read_matrix(w.fc2_bias, 1, of_branch(se.fc2_bias, i), C, 1);
+    }
   }
 
   // hidden (S, R) = relu(fc1 squeeze); gate (S, ld) = sigmoid(fc2 hidden); squeeze is (S, ld).
   void excite(const A* squeeze, A* hidden, A* gate) const {
     for (int64_t s = 0; s < S; ++s) {
+      const Weights w = weights(modules > 1 ? s : 0);
       for (int64_t r = 0; r < R; ++r) {
-        hidden[s * R + r] = relu(dot(squeeze + s * ld, fc1_ + r * ld, ld) + fc1_bias_[r]);
+        hidden[s * R + r] = relu(dot(squeeze + s * ld, w.fc1 + r * ld, ld) + w.fc1_bias[r]);
       }
       for (int64_t c = 0; c < ld; c += kLanes<A>) {
-        Vec<A> sum = load(fc2_bias_ + c);
-        for (int64_t r = 0; r < R; ++r) sum += load(fc2_ + r * ld + c) * hidden[s * R + r];
+        Vec<A> sum = load(w.fc2_bias + c);
+        for (int64_t r = 0; r < R; ++r) sum += load(w.fc2 + r * ld + c) * hidden[s * R + r];
         store(gate + s * ld + c, sigmoid(sum));
       }
     }
@@ -145,25 +158,34 @@ class SEModule {
       }
     }
     for (int64_t s = 0; s < S; ++s) {
+      const Weights w = weights(modules > 1 ? s : 0);
       __builtin_memset(grad_pre2 + s * ld + C, 0, size_t(ld - C) * sizeof(A));
       for (int64_t r = 0; r < R; ++r) {
-        const A g = dot(grad_pre2 + s * ld, fc2_ + r * ld, ld);
+        const A g = dot(grad_pre2 + s * ld, w.fc2 + r * ld, ld);
         grad_pre1[s * R + r] =
             hidden[s * R + r] <= 0 ? 0 : g;  // a NaN passes, as in PyTorch's relu
       }
       for (int64_t c = 0; c < ld; c += kLanes<A>) {
         Vec<A> sum{};
-        for (int64_t r = 0; r < R; ++r) sum += load(fc1_ + r * ld + c) * grad_pre1[s * R + r];
+        for (int64_t r = 0; r < R; ++r) sum += load(w.fc1 + r * ld + c) * grad_pre1[s * R + r];
         store(grad + s * ld + c, sum);
       }
     }
   }
 
-  const int64_t S, C, ld, R;
+  const int64_t S, C, ld, R, modules;
 
  private:
+  struct Weights {
+    A *fc1, *fc2, *fc2_bias, *fc1_bias;
+  };
+  Weights weights(int64_t i) const {
+    A* fc1 = weights_.get() + i * size_;
+    return {fc1, fc1 + R * ld, fc1 + 2 * R * ld, fc1 + 2 * R * ld + ld};
+  }
+
+  const int64_t size_;  // of one module's weights
   Buffer<A> weights_;
-  A *fc1_, *fc2_, *fc2_bias_, *fc1_bias_;
 };
 
 // Copies rows (S, C) to (S, ld), with zeros in the padding, and back.

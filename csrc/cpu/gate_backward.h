@@ -30,31 +30,39 @@ class SEBackward {
     __builtin_memcpy(grad_pre2_rows() + b * S * ld, grad_pre2, size_t(S * ld) * sizeof(A));
   }
 
-  // Writes the fc gradients: sums over the N = B * S rows, in their order.
+  // Writes the fc gradients: sums over the B * S rows, or over each branch's B rows, in their
+  // order.
   void write_fc(const Gradients& gradients, const Threads& threads) const {
-    const int64_t N = tail_.B * se_.S, C = se_.C, R = se_.R;
-    Buffer<A> grads(2 * R * C + R + C);
-    A *fc1 = grads.get(), *fc2 = fc1 + R * C, *fc1_bias = fc2 + R * C, *fc2_bias = fc1_bias + R;
-    const A* squeeze = static_cast<const A*>(tail_.squeeze);
-    parallel(threads, R, grain(2 * N * C + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        sum_rows(fc1 + r * C, C, N, grad_pre1_rows() + r, R, squeeze, C);
-        sum_rows(fc2 + r * C, C, N, hidden_rows() + r, R, grad_pre2_rows(), ld);
-        fc1_bias[r] = 0;
-        for (int64_t n = 0; n < N; ++n) fc1_bias[r] += grad_pre1_rows()[n * R + r];
-      }
-    });
-    const A one = 1;
-    sum_rows(fc2_bias, C, N, &one, 0, grad_pre2_rows(), ld);
-    write_matrix(gradients.fc1_weight, R, C, fc1, C, 1);
-    write_matrix(gradients.fc2_weight, C, R, fc2, 1, C);
-    write_matrix(gradients.fc1_bias, R, 1, fc1_bias, 1, 0);
-    write_matrix(gradients.fc2_bias, C, 1, fc2_bias, 1, 0);
+    for (int64_t i = 0; i < se_.modules; ++i) write_module(i, gradients, threads);
   }
 
   const int64_t ld;
 
  private:
+  // Module i has every `step`th row.
+  void write_module(int64_t i, const Gradients& gradients, const Threads& threads) const {
+    const int64_t C = se_.C, R = se_.R, step = se_.modules, N = tail_.B * se_.S / step;
+    Buffer<A> grads(2 * R * C + R + C);
+    A *fc1 = grads.get(), *fc2 = fc1 + R * C, *fc1_bias = fc2 + R * C, *fc2_bias = fc1_bias + R;
+    const A *squeeze = static_cast<const A*>(tail_.squeeze) + i * C,
+            *hidden = hidden_rows() + i * R, *grad_pre1 = grad_pre1_rows() + i * R,
+            *grad_pre2 = grad_pre2_rows() + i * ld;
+    parallel(threads, R, grain(2 * N * C + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        sum_rows(fc1 + r * C, C, N, grad_pre1 + r, step * R, squeeze, step * C);
+        sum_rows(fc2 + r * C, C, N, hidden + r, step * R, grad_pre2, step * ld);
+        fc1_bias[r] = 0;
+        for (int64_t n = 0; n < N; ++n) fc1_bias[r] += grad_pre1[n * step * R + r];
+      }
+    });
+    const A one = 1;
+    sum_rows(fc2_bias, C, N, &one, 0, grad_pre2, step * ld);
+    write_matrix(of_branch(gradients.fc1_weight, i), R, C, fc1, C, 1);
+    write_matrix(of_branch(gradients.fc2_weight, i), C, R, fc2, 1, C);
+    write_matrix(of_branch(gradients.fc1_bias, i), R, 1, fc1_bias, 1, 0);
+    write_matrix(of_branch(gradients.fc2_bias, i), C, 1, fc2_bias, 1, 0);
+  }
+
   A* hidden_rows() const { return rows_.get(); }
   A* grad_pre1_rows() const { return hidden_rows() + tail_.B * se_.S * se_.R; }
   A* grad_pre2_rows() const { return grad_pre1_rows() + tail_.B * se_.S * se_.R; }

@@ -297,11 +297,17 @@ void launch_tail(const Problem& p, const Epilogue* epilogue, Path path, void* me
   }
   if (!p.fc_grads()) return;
   const Gradients& grads = *p.gradients;
-  FcGradArgs args = {p.shape.B * p.shape.S, p.shape.C,
-                     int32_t(p.tail.se.R),  static_cast<float*>(p.tail.squeeze),
-                     scratch.hidden,        scratch.grad_pre1,
-                     scratch.grad_pre2,     grads.fc1_weight,
-                     grads.fc1_bias,        grads.fc2_weight,
+  FcGradArgs args = {p.shape.B * p.shape.S,
+                     p.shape.C,
+                     int32_t(p.tail.se.R),
+                     p.tail.se.per_branch ? p.shape.S : 1,
+                     static_cast<float*>(p.tail.squeeze),
+                     scratch.hidden,
+                     scratch.grad_pre1,
+                     scratch.grad_pre2,
+                     grads.fc1_weight,
+                     grads.fc1_bias,
+                     grads.fc2_weight,
                      grads.fc2_bias};
   launch_fc_grad(args, stream);
 }

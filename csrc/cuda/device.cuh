@@ -189,8 +189,8 @@ PSA_DEVICE float sum_of_elements(Vec x, Vec g, int low, int high) {
   return a[0];
 }
 
-PSA_DEVICE float load_element(const Matrix& m, int64_t row, int64_t column) {
-  int64_t i = row * m.row + column * m.column;
+PSA_DEVICE float load_element(const Matrix& m, int64_t row, int64_t column, int64_t branch = 0) {
+  int64_t i = row * m.row + column * m.column + branch * m.branch;
   switch (m.dtype) {
     case Dtype::float16:
       return to_float(static_cast<const Half*>(m.data)[i]);
@@ -203,8 +203,9 @@ PSA_DEVICE float load_element(const Matrix& m, int64_t row, int64_t column) {
   }
 }
 
-PSA_DEVICE void store_element(const Matrix& m, int64_t row, int64_t column, float x) {
-  int64_t i = row * m.row + column * m.column;
+PSA_DEVICE void store_element(const Matrix& m, int64_t row, int64_t column, float x,
+                              int64_t branch = 0) {
+  int64_t i = row * m.row + column * m.column + branch * m.branch;
   switch (m.dtype) {
     case Dtype::float16:
       static_cast<Half*>(m.data)[i] = from_float<Half>(x);

@@ -41,18 +41,18 @@ PSA_DEVICE void compute_hidden(const SEArgs& se, const Shape& shape, const SEMem
     int s = i / se.R, r = i % se.R;
     float sum = 0;
     for (int c = lane; c < shape.C; c += kWarp) {
-      sum += m.squeeze[s * shape.C + c] * load_element(se.weights.fc1_weight, r, c);
+      sum += m.squeeze[s * shape.C + c] * load_element(se.weights.fc1_weight, r, c, s);
     }
-    sum = sum_of_lanes(sum, kWarp) + load_element(se.weights.fc1_bias, r, 0);
+    sum = sum_of_lanes(sum, kWarp) + load_element(se.weights.fc1_bias, r, 0, s);
     if (lane == 0) m.hidden[i] = sum < 0 ? 0 : sum;
   }
 }
 
 // gate = sigmoid(fc2 hidden), of one channel.
 PSA_DEVICE float gate_of(const SEArgs& se, const SEMemory& m, int s, int c) {
-  float pre2 = load_element(se.weights.fc2_bias, c, 0);
+  float pre2 = load_element(se.weights.fc2_bias, c, 0, s);
   for (int r = 0; r < se.R; ++r) {
-    pre2 += m.hidden[s * se.R + r] * load_element(se.weights.fc2_weight, c, r);
+    pre2 += m.hidden[s * se.R + r] * load_element(se.weights.fc2_weight, c, r, s);
   }
   return 1 / (1 + exponential(-pre2));
 }
@@ -115,7 +115,7 @@ PSA_DEVICE void se_backward(const SEArgs& se, const Shape& shape, int64_t b, con
     int s = i / se.R, r = i % se.R;
     float sum = 0;
     for (int c = lane; c < shape.C; c += kWarp) {
-      sum += m.grad_pre2[s * shape.C + c] * load_element(se.weights.fc2_weight, c, r);
+      sum += m.grad_pre2[s * shape.C + c] * load_element(se.weights.fc2_weight, c, r, s);
     }
     sum = sum_of_lanes(sum, kWarp);
     if (lane == 0) m.grad_pre1[i] = m.hidden[i] <= 0 ? 0 : sum;
@@ -125,7 +125,7 @@ PSA_DEVICE void se_backward(const SEArgs& se, const Shape& shape, int64_t b, con
     int s = divide(i, shape.channels), c = i - s * shape.C;
     float sum = 0;
     for (int r = 0; r < se.R; ++r) {
-      sum += m.grad_pre1[s * se.R + r] * load_element(se.weights.fc1_weight, r, c);
+      sum += m.grad_pre1[s * se.R + r] * load_element(se.weights.fc1_weight, r, c, s);
     }
     m.grad_mean[i] = sum / float(shape.HW);
   }

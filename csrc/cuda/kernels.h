@@ -134,10 +134,11 @@ int64_t one_pass_shared_bytes(const OnePassArgs& args, Dtype dtype, MemoryFormat
 void launch_one_pass(const OnePassArgs& args, Dtype dtype, MemoryFormat memory_format,
                      bool backward, void* stream);
 
-// The gradients of the fc tensors: sums over rows = B * S. Grid: tiles of channels * R.
+// The gradients of the fc tensors: sums over rows = B * S; with weights of each branch, over every
+// S-th row. Grid: modules * R * tiles of channels.
 struct FcGradArgs {
   int64_t rows;
-  int32_t C, R;
+  int32_t C, R, modules;  // modules: S, or 1 if the branches share one
   const float *squeeze, *hidden, *grad_pre1, *grad_pre2;
   Matrix fc1_weight, fc1_bias, fc2_weight, fc2_bias;
 };

@@ -195,14 +195,15 @@ def _check(branches: Sequence[Tensor], fc: SEWeights, *vectors: Tensor | None) -
     """Raise ValueError for what the library's kernels refuse: the fake kernels must do so, too."""
     if len(branches) < 2 or branches[0].dim() != 4 or fc.fc1_weight.dim() < 2:
         raise ValueError("psa_tail: branches must be two or more (B, C, H, W), fc1_weight (R, C)")
-    x, S, R = branches[0], len(branches), fc.fc1_weight.shape[0]
+    x, S, R = branches[0], len(branches), fc.hidden
     C = x.shape[1]
+    first = (S,) if fc.per_branch else ()
     given = [v for v in vectors if v is not None]
     matrices = [w[..., 0, 0] if w.shape[2:] == (1, 1) else w for w in fc[::2]]
     shapes = [
         *((b.shape, x.shape) for b in branches),
-        *zip((w.shape for w in matrices), [(R, C), (C, R)], strict=True),
-        *zip((b.shape for b in fc[1::2]), [(R,), (C,)], strict=True),
+        *zip((w.shape for w in matrices), [(*first, R, C), (*first, C, R)], strict=True),
+        *zip((b.shape for b in fc[1::2]), [(*first, R), (*first, C)], strict=True),
         *((v.shape, (S * C,)) for v in given),
     ]
     if min(R, *x.shape[1:]) < 1 or any(shape != expected for shape, expected in shapes):

@@ -27,12 +27,25 @@ SAVED_ARGS = "Tensor squeeze, Tensor attention"
 
 
 class SEWeights(NamedTuple):
-    """The weights of the squeeze-and-excitation MLP, for C channels and R hidden units."""
+    """The weights of the squeeze-and-excitation MLP, for C channels and R hidden units.
 
-    fc1_weight: Tensor  # (R, C)
-    fc1_bias: Tensor  # (R,)
-    fc2_weight: Tensor  # (C, R)
-    fc2_bias: Tensor  # (C,)
+    The branches share one, or each has its own: then every tensor has a first dimension of S.
+    """
+
+    fc1_weight: Tensor  # (R, C) or (S, R, C)
+    fc1_bias: Tensor  # (R,) or (S, R)
+    fc2_weight: Tensor  # (C, R) or (S, C, R)
+    fc2_bias: Tensor  # (C,) or (S, C)
+
+    @property
+    def per_branch(self) -> bool:
+        """True if each branch has weights of its own."""
+        return self.fc1_weight.dim() == 3
+
+    @property
+    def hidden(self) -> int:
+        """R, the number of hidden units."""
+        return self.fc1_weight.shape[1 if self.per_branch else 0]
 
 
 class NormParams(NamedTuple):

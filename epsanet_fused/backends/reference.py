@@ -56,8 +56,16 @@ def _attention(squeeze: Tensor, fc: SEWeights) -> Tensor:
 def _excite(squeeze: Tensor, fc: SEWeights) -> tuple[Tensor, Tensor]:
     """Return the SE's hidden units (B, S, R) and its gate (B, S, C), in the squeeze's dtype."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = (p.to(squeeze.dtype) for p in fc)
-    hidden = F.relu(F.linear(squeeze, fc1_weight, fc1_bias))
-    return hidden, torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias))
+    if not fc.per_branch:
+        hidden = F.relu(F.linear(squeeze, fc1_weight, fc1_bias))
+        return hidden, torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias))
+    hidden = F.relu(_by_branch_matmul(squeeze, fc1_weight.mT) + fc1_bias)
+    return hidden, torch.sigmoid(_by_branch_matmul(hidden, fc2_weight.mT) + fc2_bias)
+
+
+def _by_branch_matmul(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply rows (B, S, n) by a matrix (n, m) for each branch: (B, S, m)."""
+    return (rows.transpose(0, 1) @ matrices).transpose(0, 1)
 
 
 def _epilogue(out: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
@@ -112,17 +120,18 @@ def _gate_backward(
     # "pre" stands for what precedes a nonlinearity.
     mean = (grad_attention * attention).sum(1, keepdim=True)
     grad_pre2 = attention * (grad_attention - mean) * gate * (1 - gate)  # (B, S, C)
-    grad_pre1 = grad_pre2 @ fc.fc2_weight.to(acc)  # (B, S, R)
+    multiply = _by_branch_matmul if fc.per_branch else torch.matmul
+    grad_pre1 = multiply(grad_pre2, fc.fc2_weight.to(acc))  # (B, S, R)
     grad_pre1 = torch.where(hidden <= 0, 0, grad_pre1)  # a NaN passes, as in PyTorch's relu
-    grad_squeeze = grad_pre1 @ fc.fc1_weight.to(acc)  # (B, S, C)
+    grad_squeeze = multiply(grad_pre1, fc.fc1_weight.to(acc))  # (B, S, C)
     if not fc_grads:
         return grad_squeeze, []
-    grad_fc = [
-        grad_pre1.flatten(0, 1).T @ squeeze.flatten(0, 1),  # (R, C)
-        grad_pre1.sum((0, 1)),
-        grad_pre2.flatten(0, 1).T @ hidden.flatten(0, 1),  # (C, R)
-        grad_pre2.sum((0, 1)),
-    ]
+    tensors = (grad_pre1, squeeze, grad_pre2, hidden)
+    if fc.per_branch:
+        pre1, x, pre2, h = (t.transpose(0, 1) for t in tensors)  # (S, B, R or C)
+    else:
+        pre1, x, pre2, h = (t.flatten(0, 1) for t in tensors)  # (B * S, R or C)
+    grad_fc = [pre1.mT @ x, pre1.sum(-2), pre2.mT @ h, pre2.sum(-2)]
     return grad_squeeze, [g.to(p.dtype) for g, p in zip(grad_fc, fc, strict=True)]
 
 

@@ -16,11 +16,9 @@ from epsanet_fused.nn.fused_psa import se_weights
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified
-from epsanet_fused.utils.memory_format import accumulator_dtype
 
 # Symbolic tracing records one call of each of these.
 torch.fx.wrap("psa_tail")
-torch.fx.wrap("_se_attention")
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -48,9 +46,8 @@ class FusedPSAVariant(nn.Module):
     """Fused replacement of a PSA module that ``FusedPSAModule`` cannot express.
 
     ``epsanet_fused.fuse`` builds it. It keeps the submodules of the original under their names, and
-    calls those of the branches. If all branches share one SE, ``psa_tail`` runs the rest. If each
-    has its own, plain PyTorch runs it with few memory passes, because the operator has one SE. If
-    somebody relies on calls of an SE (see utils/hooks.py), the original's forward runs.
+    calls those of the branches; ``psa_tail`` runs the rest. If somebody relies on calls of an SE
+    (see utils/hooks.py), the original's forward runs.
 
     Shape: (B, C_in, H, W) -> (B, S * C, H', W').
     """
@@ -117,19 +114,12 @@ class FusedPSAVariant(nn.Module):
         # What is written over x would be missing in the backward of the convolutions.
         keeps_x = spec.overwrites_input and torch.is_grad_enabled()
         branches = self._convolve(x.clone() if keeps_x else x)  # S tensors (B, C, H', W')
-        concat = None
         if spec.overwrites_input:
-            concat = torch.cat(branches, 1)  # (B, S * C, H', W')
-            x.copy_(concat)
+            x.copy_(torch.cat(branches, 1))  # (B, S * C, H', W')
         ses = [self._se_weights(*names) for names in spec.layers.ses]
-        if len(ses) == 1:  # psa_tail puts the last branch first
-            return psa_tail(branches if spec.is_reversed else branches[::-1], *ses[0])
-        attention = _se_attention(branches, ses)[..., None, None]  # (B, S, C, 1, 1)
-        if concat is not None and not spec.is_reversed:
-            separate = concat.unflatten(1, (len(branches), -1))
-            return (separate * attention).flatten(1, 2)
-        scaled = [branch * attention[:, i] for i, branch in enumerate(branches)]
-        return torch.cat(scaled[::-1] if spec.is_reversed else scaled, 1)
+        if not spec.is_reversed:  # psa_tail puts the last branch first
+            branches, ses = branches[::-1], ses[::-1]
+        return psa_tail(branches, *(ses[0] if len(ses) == 1 else _stack(ses)))
 
     def _convolve(self, x: Tensor) -> list[Tensor]:
         modules = [self.get_submodule(name) for name in self.spec.layers.branches]
@@ -147,7 +137,7 @@ class FusedPSAVariant(nn.Module):
         """Return the number of branches, how they are used, and what runs the tail."""
         layers, split = self.spec.layers, self.spec.split_input
         order = "reversed" if self.spec.is_reversed else "natural"
-        tail = "psa_tail" if len(layers.ses) == 1 else "one SE per branch, in plain PyTorch"
+        tail = "psa_tail"
         if not self.reads_ses():
             tail = f"that of {self._original.__name__}, as an SE is modified"
         return f"branches={len(layers.branches)}, split={split}, order={order}, tail={tail}"
@@ -166,14 +156,11 @@ def replace_class(module: nn.Module, cls: type[Module]) -> Module:
     return made
 
 
-def _se_attention(branches: list[Tensor], ses: list[SEWeights]) -> Tensor:
-    """Return the attention (B, S, C) of S branches with one SE each, in the branches' dtype."""
-    acc = accumulator_dtype(branches[0].dtype)
-    gates = []
-    with torch.autocast(branches[0].device.type, enabled=False):
-        for x, se in zip(branches, ses, strict=True):
-            fc1, bias1, fc2, bias2 = (w.to(acc) for w in se)
-            squeeze = x.mean((2, 3), dtype=acc)  # (B, C)
-            hidden = F.relu(F.linear(squeeze, fc1.flatten(1), bias1))  # (B, R)
-            gates.append(torch.sigmoid(F.linear(hidden, fc2.flatten(1), bias2)))  # (B, C)
-        return torch.softmax(torch.stack(gates, 1), 1).to(branches[0].dtype)
+def _stack(ses: list[SEWeights]) -> SEWeights:
+    """Return the SEs of all branches in one: (S, R, C), (S, R), (S, C, R) and (S, C)."""
+    return SEWeights(
+        torch.stack([se.fc1_weight.flatten(1) for se in ses]),
+        torch.stack([se.fc1_bias for se in ses]),
+        torch.stack([se.fc2_weight.flatten(1) for se in ses]),
+        torch.stack([se.fc2_bias for se in ses]),
+    )

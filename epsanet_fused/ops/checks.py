@@ -21,7 +21,7 @@ def check_psa_tail(
 ) -> None:
     """Raise TypeError or ValueError unless psa_tail accepts these arguments."""
     _check_branches(branches)
-    _check_fc(fc, branches[0].shape[1], branches[0].device)
+    _check_fc(fc, len(branches), branches[0].shape[1], branches[0].device)
     _check_vectors(branches, scale=scale, shift=shift)
     if not isinstance(relu, bool):
         raise TypeError(f"psa_tail: relu must be a bool, got {type(relu).__name__}")
@@ -29,24 +29,39 @@ def check_psa_tail(
         _refuse_gradients([*branches, *fc, scale, shift])
 
 
-def _check_fc(fc: SEWeights, C: int, device: torch.device) -> None:
+def _check_fc(fc: SEWeights, S: int, C: int, device: torch.device) -> None:
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = fc
-    # fc1_weight decides the number of hidden units R; the other three must agree with it.
+    # fc1_weight decides the number of hidden units R, and whether each branch has weights of its
+    # own; the other three must agree with it.
     _check_tensor("fc1_weight", fc1_weight, device)
-    if fc1_weight.dim() not in (2, 4) or fc1_weight.shape[0] < 1:
+    if fc1_weight.dim() not in (2, 3, 4) or fc.hidden < 1:
         raise ValueError(
-            f"psa_tail: fc1_weight must be (R, C, 1, 1) or (R, C) with R >= 1 and C = {C}, "
-            f"got {tuple(fc1_weight.shape)}"
+            f"psa_tail: fc1_weight must be (R, C, 1, 1) or (R, C), or (S, R, C) for weights of "
+            f"each branch, with R >= 1, C = {C} and S = {S}, got {tuple(fc1_weight.shape)}"
         )
-    R = fc1_weight.shape[0]
-    _check_shape("fc1_weight", fc1_weight, (R, C, 1, 1), (R, C))
+    R = fc.hidden
+    first = (S,) if fc.per_branch else ()
+    _check_shape("fc1_weight", fc1_weight, *_matrix_shapes(first, R, C))
     for name, tensor, shapes in (
-        ("fc1_bias", fc1_bias, [(R,)]),
-        ("fc2_weight", fc2_weight, [(C, R, 1, 1), (C, R)]),
-        ("fc2_bias", fc2_bias, [(C,)]),
+        ("fc1_bias", fc1_bias, [(*first, R)]),
+        ("fc2_weight", fc2_weight, _matrix_shapes(first, C, R)),
+        ("fc2_bias", fc2_bias, [(*first, C)]),
     ):
         _check_tensor(name, tensor, device)
         _check_shape(name, tensor, *shapes)
+
+
+def _matrix_shapes(first: tuple[int, ...], rows: int, columns: int) -> list[tuple[int, ...]]:
+    """Return the shapes that a weight may have; that of a 1 x 1 convolution if it is shared."""
+    if first:
+        return [(*first, rows, columns)]
+    return [(rows, columns, 1, 1), (rows, columns)]
+
+
+def check_order(operator: str, order: str) -> None:
+    """Raise a ValueError unless ``order`` is one of the orders of the branches in the output."""
+    if order not in ("reversed", "natural"):
+        raise ValueError(f"{operator}: order must be 'reversed' or 'natural', got {order!r}")
 
 
 def _check_vectors(branches: Sequence[Tensor], **vectors: Tensor | None) -> None:

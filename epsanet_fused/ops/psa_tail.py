@@ -21,7 +21,7 @@ from epsanet_fused.backends.interface import (
     empty_forward,
 )
 from epsanet_fused.backends.registry import current_backend, get_backend, resolve
-from epsanet_fused.ops.checks import check_psa_tail
+from epsanet_fused.ops.checks import check_order, check_psa_tail
 from epsanet_fused.ops.derivatives import (
     differentiate_plainly,
     is_more_than_one_backward,
@@ -49,11 +49,13 @@ def psa_tail(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
+    order: str = "reversed",
 ) -> Tensor:
     """Squeeze, excite, select, recalibrate and concatenate in reverse (arXiv 2105.14447, 3.2).
 
     For branch s with channels c: ``attention = softmax_s(sigmoid(fc2 relu(fc1 mean_hw(x_s))))``
-    and ``out[:, (S - 1 - s) * C + c] = x_s[:, c] * attention[:, s, c]``.
+    and ``out[:, (S - 1 - s) * C + c] = x_s[:, c] * attention[:, s, c]``. Each branch may have fc
+    weights of its own, as in other published modules.
 
     It is differentiable to any order, and torch.func transforms it. The kernels run the forward and
     the first backward; whatever else is asked for runs the formula in plain PyTorch.
@@ -61,17 +63,20 @@ def psa_tail(
     Args:
         branches: S >= 2 tensors (B, C, H, W) of one shape, dtype and device; the branch of the
             smallest kernel first. float16, bfloat16, float32 or float64; any strides; B may be 0.
-        fc1_weight: (R, C, 1, 1) or (R, C). The fc tensors may have any of these dtypes.
-        fc1_bias: (R,).
-        fc2_weight: (C, R, 1, 1) or (C, R).
-        fc2_bias: (C,).
+        fc1_weight: (R, C, 1, 1) or (R, C); (S, R, C) for weights of each branch. The fc tensors
+            may have any of these dtypes.
+        fc1_bias: (R,) or (S, R).
+        fc2_weight: (C, R, 1, 1) or (C, R); or (S, C, R).
+        fc2_bias: (C,) or (S, C).
         scale: (S * C,), in the order of the output's channels. With ``shift`` and ``relu`` it forms
             an epilogue for inference: ``relu(scale * out + shift)``, each part where it is given.
         shift: (S * C,), see ``scale``.
         relu: see ``scale``.
+        order: of the branches in the output. "reversed" puts the last one first, as the paper's
+            code does; "natural" the first.
 
     Returns:
-        (B, S * C, H, W) in the branches' dtype, branch S - 1 first; channels_last if every branch
+        (B, S * C, H, W) in the branches' dtype, in this order; channels_last if every branch
         is, else contiguous. Sums are accumulated in float32 (float64 for float64).
 
     Raises:
@@ -79,6 +84,10 @@ def psa_tail(
         ValueError: for shapes and devices that don't fit, or an epilogue where a gradient is due.
         RuntimeError: if the backend asked for can't run on these tensors.
     """
+    if order != "reversed":
+        check_order("psa_tail", order)
+        fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        branches, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) = reverse(branches, fc)
     name = current_backend()
     failure = None
     if name != "reference" and not torch.compiler.is_compiling():
@@ -131,7 +140,21 @@ def _try_inference(
 
 def as_matrices(fc: SEWeights) -> SEWeights:
     """Return fc with the weights as (R, C) and (C, R), without the 1 x 1 of a convolution."""
+    if fc.per_branch:
+        return fc
     return SEWeights(fc.fc1_weight.flatten(1), fc.fc1_bias, fc.fc2_weight.flatten(1), fc.fc2_bias)
+
+
+def reverse(branches: Sequence[Tensor], fc: SEWeights) -> tuple[Sequence[Tensor], SEWeights]:
+    """Return the branches in reverse, each with its weights: the operators put the last one first.
+
+    What is no sequence or no tensor stays as it is: the checks will name it.
+    """
+    if isinstance(branches, (list, tuple)):
+        branches = branches[::-1]
+    if isinstance(fc.fc1_weight, Tensor) and fc.per_branch:
+        fc = SEWeights(*(p.flip(0) if isinstance(p, Tensor) and p.dim() else p for p in fc))
+    return branches, fc
 
 
 @torch.library.impl(_LIBRARY, "psa_tail", "CompositeExplicitAutograd")

@@ -27,13 +27,13 @@ from epsanet_fused.backends.interface import (
     empty_norm_forward,
 )
 from epsanet_fused.backends.registry import current_backend, get_backend, resolve
-from epsanet_fused.ops.checks import check_psa_tail_norm
+from epsanet_fused.ops.checks import check_order, check_psa_tail_norm
 from epsanet_fused.ops.derivatives import (
     differentiate_plainly,
     is_more_than_one_backward,
     needs_plain_formula,
 )
-from epsanet_fused.ops.psa_tail import as_matrices, psa_tail
+from epsanet_fused.ops.psa_tail import as_matrices, psa_tail, reverse
 
 _LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 _LIBRARY.define(
@@ -54,6 +54,8 @@ def psa_tail_norm(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     norm: nn.BatchNorm2d,
+    *,
+    order: str = "reversed",
 ) -> Tensor:
     """Compute ``relu(norm(psa_tail(branches, ...)))`` (arXiv 2105.14447, 3.3).
 
@@ -62,12 +64,13 @@ def psa_tail_norm(
 
     Args:
         branches: as for ``psa_tail``, and so are the four fc tensors.
-        fc1_weight: (R, C, 1, 1) or (R, C).
-        fc1_bias: (R,).
-        fc2_weight: (C, R, 1, 1) or (C, R).
-        fc2_bias: (C,).
+        fc1_weight: (R, C, 1, 1) or (R, C); (S, R, C) for weights of each branch.
+        fc1_bias: (R,) or (S, R).
+        fc2_weight: (C, R, 1, 1) or (C, R); or (S, C, R).
+        fc2_bias: (C,) or (S, C).
         norm: a BatchNorm2d over the S * C channels that uses the batch's statistics: in training
             mode, or without running ones. Its tensors may have any dtype that the fc tensors may.
+        order: as for ``psa_tail``.
 
     Returns:
         (B, S * C, H, W) in the branches' dtype and memory format, as from ``psa_tail``. Sums are
@@ -82,6 +85,9 @@ def psa_tail_norm(
     """
     name = current_backend()
     fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if order != "reversed":
+        check_order("psa_tail_norm", order)
+        branches, fc = reverse(branches, fc)
     check_psa_tail_norm(branches, fc, norm)
     if name == "reference" or needs_plain_formula((*branches, *fc, norm.weight, norm.bias)):
         return F.relu(norm(psa_tail(branches, *fc)))

@@ -22,25 +22,34 @@ def plain_tail(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
+    order: str = "reversed",
 ) -> Tensor:
     """Compute the tail as nn/psa.py does, in plain PyTorch, with the arguments of ``psa_tail``.
 
     All tensors have the same dtype.
     """
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = fc
-    fc1_weight, fc2_weight = fc1_weight.flatten(1), fc2_weight.flatten(1)
 
-    def se(x: Tensor) -> Tensor:
+    def se(x: Tensor, s: int) -> Tensor:
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = se_of_branch(fc, s)
         squeeze = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (B, C)
         hidden = F.relu(F.linear(squeeze, fc1_weight, fc1_bias))
         return torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias))[..., None, None]
 
-    out = recalibrate_and_concat(list(branches), [se(branch) for branch in branches])
+    out = recalibrate_and_concat(list(branches), [se(x, s) for s, x in enumerate(branches)])
+    if order == "natural":
+        out = torch.cat(out.chunk(len(branches), 1)[::-1], 1)
     if scale is not None:
         out = out * scale[:, None, None]
     if shift is not None:
         out = out + shift[:, None, None]
     return F.relu(out) if relu else out
+
+
+def se_of_branch(fc: Sequence[Tensor], s: int) -> list[Tensor]:
+    """Return branch s's fc tensors, the weights as (R, C) and (C, R)."""
+    if fc[0].dim() == 3:
+        return [t[s] for t in fc]
+    return [t.flatten(1) if t.dim() == 4 else t for t in fc]
 
 
 def evaluate(

@@ -50,7 +50,7 @@ def emulator(library: Path, threads: None) -> Emulator:
 def one_pass_takes(shape: str, dtype: str, memory_format: str) -> bool:
     """Return True if samples are dense and begin at multiples of 16 bytes, in one memory format."""
     vector = 16 // DTYPES[dtype].itemsize
-    _, _, C, H, W, _ = SHAPES[shape]
+    _, _, C, H, W, *_ = SHAPES[shape]
     if memory_format == "channels_last" and H * W > 1:
         return C % vector == 0
     return C * H * W % vector == 0

@@ -13,6 +13,7 @@ from helpers.cases import (
     Shape,
     assert_accurate,
     expected,
+    largest_term,
     make_case,
     run_by,
     slow_if_interpreted,
@@ -33,6 +34,7 @@ shapes = st.builds(
     H=st.integers(1, 9),
     W=st.integers(1, 9),
     R=st.integers(1, 6),
+    own_ses=st.booleans(),
 )
 arrangements = st.lists(st.sampled_from(sorted(ARRANGEMENTS)), min_size=7, max_size=7)
 
@@ -51,7 +53,10 @@ def test_any_input_gives_the_oracles_numbers(
     case = arrange(make_case(shape, DTYPES[dtype]), arrangements)
     with run_by(backend):
         results = evaluate(ef.psa_tail, *case)
-    assert_accurate(results, *expected(case))
+    slack = 0.0
+    if backend == "reference":  # it rounds the terms to the branches' dtype, as plain PyTorch does
+        slack = torch.finfo(DTYPES[dtype]).eps / 2 * largest_term(case)
+    assert_accurate(results, *expected(case), slack)
 
 
 @pytest.mark.parametrize("backend", slow_if_interpreted(OPERATOR_BACKENDS))

@@ -34,8 +34,6 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from epsanet_fused.backends.interface import SEWeights
-
 # Triton reads TRITON_INTERPRET when a kernel is decorated, that is on import.
 INTERPRETED = knobs.runtime.interpret
 Strides = tuple[int, int, int]  # batch, channel, pixel
@@ -58,12 +56,22 @@ class FCGradInputs(NamedTuple):
     grad_pre2: Tensor  # (B, S, C), the gradient of fc2's output
 
 
+class FCTensors(NamedTuple):
+    """The weights of the SE as the kernels take them: of all branches, or of each."""
+
+    fc1_weight: Tensor  # (R, C) or (S, R, C)
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+    modules: int | None  # S; None: the branches share one
+
+
 class GateTensors(NamedTuple):
     """The tensors of the gate; the last two are the results of its backward."""
 
     squeeze: Tensor
     attention: Tensor
-    fc: SEWeights
+    fc: FCTensors
     grad_mean: Tensor | None = None  # None: forward
     fc_grad_inputs: FCGradInputs | None = None  # None: not wanted
 

@@ -13,7 +13,13 @@ from triton import language as tl
 
 from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.backends.triton import common, config, gate, psa_tail
-from epsanet_fused.backends.triton.common import FCGradInputs, GateTensors, Strides, TailTensors
+from epsanet_fused.backends.triton.common import (
+    FCGradInputs,
+    FCTensors,
+    GateTensors,
+    Strides,
+    TailTensors,
+)
 from epsanet_fused.utils.memory_format import accumulator_dtype, output_memory_format
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -86,7 +92,7 @@ def tail_args(
 def sum_and_gate(args: TailArgs, squeeze: Tensor, attention: Tensor, fc: SEWeights) -> None:
     """Forward: write squeeze and attention (B, S, C)."""
     tail = TailTensors(args.branches, args.branch_strides)
-    _sum_and_gate(args, tail, GateTensors(squeeze, attention, fc))
+    _sum_and_gate(args, tail, GateTensors(squeeze, attention, fc_tensors(fc)))
 
 
 def empty_se_grads(
@@ -95,9 +101,15 @@ def empty_se_grads(
     """Return the gate's tensors, with uninitialized ones for the results of its backward."""
     fc_grad_inputs = None
     if fc_grads:
-        hidden = squeeze.new_empty((*squeeze.shape[:2], fc.fc1_weight.shape[0]))  # (B, S, R)
+        hidden = squeeze.new_empty((*squeeze.shape[:2], fc.hidden))  # (B, S, R)
         fc_grad_inputs = FCGradInputs(hidden, torch.empty_like(hidden), torch.empty_like(squeeze))
-    return GateTensors(squeeze, attention, fc, torch.empty_like(squeeze), fc_grad_inputs)
+    grad_mean = torch.empty_like(squeeze)
+    return GateTensors(squeeze, attention, fc_tensors(fc), grad_mean, fc_grad_inputs)
+
+
+def fc_tensors(fc: SEWeights) -> FCTensors:
+    """Return the weights as the kernels take them."""
+    return FCTensors(*fc, len(fc.fc1_weight) if fc.per_branch else None)
 
 
 def sum_and_gate_backward(args: TailArgs, se: GateTensors) -> None:
@@ -111,7 +123,7 @@ def _sum_and_gate(args: TailArgs, tail: TailTensors, se: GateTensors) -> None:
     cfg = config.sum_config(B, S, C, HW, itemsize, args.channels_last, products, common.INTERPRETED)
     sums = se.squeeze.new_empty((B, cfg.splits, S, C))
     sum_constants = sum_arguments(args, cfg)
-    gate_constants = gate_arguments(S, C, R=se.fc.fc1_weight.shape[0])
+    gate_constants = gate_arguments(S, C, R=se.fc.fc1_weight.shape[-2])
     if cfg.fused_gate:
         psa_tail.sum_gate_kernel[(B,)](tail, sums, se, **sum_constants, **gate_constants)
         return
@@ -167,13 +179,14 @@ def is_flat(args: TailArgs, block: int) -> bool:
 def fc_grads(se: GateTensors, grad_fc: SEWeights) -> None:
     """Backward: write grad_fc, the gradients of the four fc tensors, from se.fc_grad_inputs."""
     B, S, C = se.squeeze.shape
-    R = grad_fc.fc1_weight.shape[0]
+    R, modules = grad_fc.hidden, S if grad_fc.per_branch else 1
     block_c, block_r, block_n = config.fc_grad_blocks(C, R, common.INTERPRETED)
-    gate.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r),)](
+    gate.fc_grad_kernel[(cdiv(C, block_c) * cdiv(R, block_r) * modules,)](
         se.squeeze,
         se.fc_grad_inputs,
         grad_fc,
         rows=B * S,
+        modules=modules,
         C=C,
         R=R,
         BLOCK_C=block_c,

@@ -28,6 +28,7 @@ from epsanet_fused.backends.triton.launch import (
     ACC,
     OPTIONS,
     TailArgs,
+    fc_tensors,
     flat_arguments,
     gate_arguments,
     is_flat,
@@ -44,10 +45,10 @@ def m2_and_gate(args: TailArgs, stats: NormStats, fc: SEWeights) -> None:
     split_stats = SplitStats(torch.empty_like(stats.squeeze), sums, m2)
     tail = TailTensors(args.branches, args.branch_strides)
     sum_constants = sum_arguments(args, cfg)
-    gate_constants = gate_arguments(S, C, R=fc.fc1_weight.shape[0])
+    weights, gate_constants = fc_tensors(fc), gate_arguments(S, C, R=fc.hidden)
     if cfg.fused_gate:
         psa_tail_norm.m2_gate_kernel[(B,)](
-            tail, split_stats, stats, fc, **sum_constants, **gate_constants
+            tail, split_stats, stats, weights, **sum_constants, **gate_constants
         )
         return
     psa_tail_norm.m2_kernel[(B * cfg.splits * cdiv(C, cfg.block_c),)](
@@ -56,7 +57,7 @@ def m2_and_gate(args: TailArgs, stats: NormStats, fc: SEWeights) -> None:
     psa_tail_norm.norm_gate_kernel[(B,)](
         split_stats,
         stats,
-        fc,
+        weights,
         C=C,
         HW=HW,
         splits=cfg.splits,
@@ -132,7 +133,7 @@ def gate_backward(args: TailArgs, terms: NormGradTerms, se: GateTensors) -> Norm
         HW=HW,
         S=S,
         ACC=ACC[args.acc],
-        **gate_arguments(S, C, R=se.fc.fc1_weight.shape[0]),
+        **gate_arguments(S, C, R=se.fc.fc1_weight.shape[-2]),
         **OPTIONS,
     )
     return NormTerms(se.squeeze, terms.weight, terms.shift, terms.factor, se.grad_mean)

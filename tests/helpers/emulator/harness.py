@@ -56,13 +56,18 @@ class Matrix(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("row", ctypes.c_int64),
         ("column", ctypes.c_int64),
+        ("branch", ctypes.c_int64),
     ]
 
 
 class SEMatrices(ctypes.Structure):
     """SEWeights of psa.h; the other structures have the same names there."""
 
-    _fields_ = [("R", ctypes.c_int64), *((name, Matrix) for name in SEWeights._fields)]
+    _fields_ = [
+        ("R", ctypes.c_int64),
+        ("per_branch", ctypes.c_bool),
+        *((name, Matrix) for name in SEWeights._fields),
+    ]
 
 
 class Tail(ctypes.Structure):
@@ -151,7 +156,15 @@ def _strided(t: Tensor | None) -> Strided:
 def _matrix(t: Tensor | None) -> Matrix:
     if t is None:
         return Matrix()
-    return Matrix(t.data_ptr(), _DTYPES[t.dtype], t.stride(0), t.stride(1) if t.dim() > 1 else 0)
+    return Matrix(t.data_ptr(), _DTYPES[t.dtype], t.stride(0), t.stride(1) if t.dim() > 1 else 0, 0)
+
+
+def _se_matrix(t: Tensor, per_branch: bool) -> Matrix:
+    if not per_branch:
+        return _matrix(t)
+    return Matrix(
+        t.data_ptr(), _DTYPES[t.dtype], t.stride(1), t.stride(2) if t.dim() > 2 else 0, t.stride(0)
+    )
 
 
 class Emulator:
@@ -211,7 +224,7 @@ class Emulator:
         gradients = Gradients(
             (Strided * len(strided))(*strided) if strided else None,
             fc_grads,
-            *(_matrix(t.tensor) for t in fc_out),
+            *(_se_matrix(t.tensor, SEWeights(*fc).per_branch) for t in fc_out),
         )
         self._call("backward", tail, gradients, inputs, [*filter(None, grads), *fc_out])
         return [t.tensor if t else None for t in grads], [t.tensor for t in fc_out]
@@ -226,7 +239,7 @@ class Emulator:
             *(B, len(branches), C, H * W, _DTYPES[branches[0].dtype]),
             (Strided * len(branches))(*map(_strided, branches)),
             _strided(concat.tensor),
-            SEMatrices(fc.fc1_weight.shape[0], *map(_matrix, fc)),
+            SEMatrices(fc.hidden, fc.per_branch, *(_se_matrix(t, fc.per_branch) for t in fc)),
             squeeze.tensor.data_ptr(),
             attention.tensor.data_ptr(),
         )
