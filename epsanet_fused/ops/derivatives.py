@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def needs_plain_formula(tensors: Sequence[Tensor | None]) -> bool:
-    """Tell whether a transform of torch.func is on, or one of these has a forward-mode tangent."""
+def needs_plain_formula(*groups: Sequence[Tensor | None]) -> bool:
+    """Tell whether a transform of torch.func is on, or a tensor here has a forward-mode tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        t is not None and forward_ad.unpack_dual(t).tangent is not None
+        for group in groups
+        for t in group
     )
 
 

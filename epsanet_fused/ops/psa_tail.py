@@ -104,7 +104,7 @@ def psa_tail(
     if failure is not None:
         raise failure
     fc = as_matrices(fc)
-    if name == "reference" or needs_plain_formula((*branches, *fc, scale, shift)):
+    if name == "reference" or needs_plain_formula(branches, (*fc, scale, shift)):
         return get_backend("reference").forward(branches, fc, scale, shift, relu)[0]
     return torch.ops.epsanet_fused.psa_tail(branches, *fc, scale, shift, relu, name)[0]
 
@@ -126,7 +126,7 @@ def _try_inference(
     """
     if not isinstance(branches, (list, tuple)) or not isinstance(relu, bool):
         return None
-    if needs_plain_formula((*branches, *fc)):
+    if needs_plain_formula(branches, fc):
         return None
     if torch.is_grad_enabled():
         epilogue = [v for v in (scale, shift) if v is not None]

@@ -89,7 +89,7 @@ def psa_tail_norm(
         check_order("psa_tail_norm", order)
         branches, fc = reverse(branches, fc)
     check_psa_tail_norm(branches, fc, norm)
-    if name == "reference" or needs_plain_formula((*branches, *fc, norm.weight, norm.bias)):
+    if name == "reference" or needs_plain_formula(branches, (*fc, norm.weight, norm.bias)):
         return F.relu(norm(psa_tail(branches, *fc)))
     out, *_, mean, var = torch.ops.epsanet_fused.psa_tail_norm(
         branches, *as_matrices(fc), norm.weight, norm.bias, norm.eps, name
