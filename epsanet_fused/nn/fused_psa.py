@@ -144,13 +144,8 @@ class FusedPSAModule(PSAModule):
         return are_unmodified((se, *se._modules.values()), self._se_kinds)
 
     def _se_weights(self) -> SEWeights:
-        # Not se.fc1.weight: each attribute of a module takes half a microsecond to find.
         se: Any = self._modules["se"]
-        layers = se._modules
-        fc1, fc2 = layers["fc1"]._parameters, layers["fc2"]._parameters
-        if fc1["bias"] is None or fc2["bias"] is None:
-            return se_weights(layers["fc1"], layers["fc2"])
-        return SEWeights(fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"])
+        return se_weights(se._modules["fc1"], se._modules["fc2"])
 
     def extra_repr(self) -> str:
         """Return the widths, and what runs the tail."""
@@ -162,9 +157,15 @@ class FusedPSAModule(PSAModule):
 
 def se_weights(fc1: Any, fc2: Any) -> SEWeights:
     """Return the weights of an SE's two layers; the bias of a layer without one is zero."""
-    bias1 = fc1.weight.new_zeros(fc1.weight.shape[0]) if fc1.bias is None else fc1.bias
-    bias2 = fc2.weight.new_zeros(fc2.weight.shape[0]) if fc2.bias is None else fc2.bias
-    return SEWeights(fc1.weight, bias1, fc2.weight, bias2)
+    return SEWeights(*_weight_and_bias(fc1), *_weight_and_bias(fc2))
+
+
+def _weight_and_bias(fc: Any) -> tuple[Tensor, Tensor]:
+    # Not fc.weight, unless it is parametrised: each attribute of a module takes half a microsecond.
+    parameters = fc._parameters
+    weight = parameters["weight"] if "weight" in parameters else fc.weight  # noqa: SIM401
+    bias = parameters["bias"] if "bias" in parameters else fc.bias  # noqa: SIM401
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
 def _convolve(x: Tensor, conv: nn.Module, groups: int) -> Tensor:
