@@ -18,6 +18,7 @@ from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified, has_hooks
 from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
+from epsanet_fused.utils.tracked import untrack_all
 
 
 class Rewrites(NamedTuple):
@@ -161,6 +162,8 @@ class PlannedBlock(nn.Module):
                 "a model from optimize_for_inference has no training mode; train the model that it "
                 "was made from, and optimize that again"
             )
+        if torch.compiler.is_compiling():
+            untrack_all()
         if not are_unmodified([getattr(self, n) for n in self._bypassed], self._kinds):
             return self._call_all(x)
         downsample = self.downsample

@@ -22,7 +22,7 @@ from epsanet_fused.utils.memory_format import (
     is_channels_last,
     memory_format_name,
 )
-from epsanet_fused.utils.tracked import state_of, track
+from epsanet_fused.utils.tracked import state_of, track, untrack_all
 
 
 class ConvCall(NamedTuple):
@@ -86,6 +86,7 @@ class CachedWeights(nn.Module):
         if states != self._states or not all(map(operator.is_, sources, self._sources)):
             for t in sources:
                 track(t)
+            states = [state_of(t) for t in sources]
             with torch.inference_mode(False), torch.no_grad():
                 self._cache = self.compute_weights()
             self._sources, self._states = sources, states
@@ -196,6 +197,8 @@ class PlannedConv(CachedWeights):
         Raises:
             RuntimeError: if a gradient is due.
         """
+        if torch.compiler.is_compiling():
+            untrack_all()
         refuse_gradients(self, x)
         relu = relu or self.relu
         x = x.contiguous(memory_format=self.plan.memory_format)

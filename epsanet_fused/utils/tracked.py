@@ -64,19 +64,45 @@ class TrackedBuffer(_Tracked, Tensor):
         return self.detach().__reduce_ex__(protocol)
 
 
+# All tracked tensors, by id: tensors compare by their elements.
+_tracked: dict[int, weakref.ref[Tensor]] = {}
+
+
 def track(tensor: Tensor | None) -> None:
     """Make the tensor, and whoever holds it, notice uses of its ``data``."""
     if type(tensor) is nn.Parameter:
         tensor.__class__ = TrackedParameter
     elif type(tensor) is Tensor:
         tensor.__class__ = TrackedBuffer
+    else:
+        return
+    key = id(tensor)
+    _tracked[key] = weakref.ref(tensor, lambda _: _tracked.pop(key, None))
+
+
+def untrack_all() -> None:
+    """Make ordinary tensors of all tracked ones, which compilers don't know.
+
+    ``state_of`` tells that this has happened, so that what was derived from them is made anew.
+    """
+    for ref in list(_tracked.values()):
+        tensor = ref()
+        if tensor is not None:
+            kind = nn.Parameter if isinstance(tensor, TrackedParameter) else Tensor
+            tensor.__class__ = kind
+    _tracked.clear()
+
+
+# torch.compile calls it while it traces, and takes its result, None, for a constant.
+untrack_all._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def state_of(tensor: Tensor | None) -> Any:
     """Return a value that differs after each write to the tensor, and from itself if unknown."""
     if tensor is None:
         return None
-    version = 0 if tensor.is_inference() else tensor._version
-    if any(ref() is not None for ref in getattr(tensor, "aliases", ())):
+    if not isinstance(tensor, _Tracked):
+        return object()  # nobody would notice a use of its data
+    if any(ref() is not None for ref in tensor.aliases):
         return object()  # it may be written to at any time
-    return version, getattr(tensor, "data_uses", 0)
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_uses

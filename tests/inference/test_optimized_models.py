@@ -205,3 +205,17 @@ def test_a_hook_on_any_layer_is_called(fast: nn.Module, layer: str) -> None:
     for handle in handles:
         handle.remove()
     assert_same_function(fast, plain)
+
+
+def test_compiled_after_a_call_and_called_after_it(fast: nn.Module) -> None:
+    """Compilers don't know tracked tensors; eager calls notice writes again afterwards."""
+    plain = small(ef.EPSABlock)
+    plain.load_state_dict(fast.state_dict())
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), fast(X), rtol=1e-4, atol=1e-4)
+    torch.manual_seed(7)
+    other = small(ef.EPSABlock)
+    copy_to_data(fast, other)
+    assert_same_function(fast, other)
+    torch.compiler.reset()
