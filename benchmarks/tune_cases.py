@@ -104,7 +104,7 @@ class Tensors:
         self.concat = image(S * C)
         self.grad_branches = [torch.empty_like(x) for x in self.branches]
         # Divided by the fan-in: otherwise the gate's sigmoid is 1 and its gradient 0.
-        fc = SEWeights(*(numbers(*s).div_(s[-1]) for s in ((R, C), (R,), (C, R), (C,))))
+        self.fc = SEWeights(*(numbers(*s).div_(s[-1]) for s in ((R, C), (R,), (C, R), (C,))))
         samples = (numbers(B, S, C) for _ in range(3))  # squeeze, m2, attention
         self.stats = NormStats(*samples, mean=numbers(S * C), var=numbers(S * C))
         self.norm = NormParams(numbers(S * C), numbers(S * C), eps=1e-5)
@@ -113,13 +113,14 @@ class Tensors:
         self.terms = NormTerms(squeeze, weight, shift)
         self.grad_terms = NormTerms(squeeze, weight, shift, factor, grad_mean)
         fc_grad_inputs = FCGradInputs(numbers(B, S, R), numbers(B, S, R), numbers(B, S, C))
+        fc = launch.fc_tensors(self.fc)
         self.se = GateTensors(squeeze, attention, fc, grad_mean, fc_grad_inputs)
         self.args = launch.tail_args(self.branches, self.concat)
 
 
 def sum_forward(t: Tensors) -> Sequence[Tensor]:
     """Launch the sums and the gate of the forward."""
-    launch.sum_and_gate(t.args, t.se.squeeze, t.se.attention, t.se.fc)
+    launch.sum_and_gate(t.args, t.se.squeeze, t.se.attention, t.fc)
     return t.se.squeeze, t.se.attention
 
 
@@ -131,7 +132,7 @@ def sum_backward(t: Tensors) -> Sequence[Tensor]:
 
 def m2_forward(t: Tensors) -> Sequence[Tensor]:
     """Launch the sums, the m2 and the gate of psa_tail_norm."""
-    launch_norm.m2_and_gate(t.args, t.stats, t.se.fc)
+    launch_norm.m2_and_gate(t.args, t.stats, t.fc)
     return t.stats.squeeze, t.stats.m2, t.stats.attention
 
 

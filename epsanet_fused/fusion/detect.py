@@ -9,6 +9,8 @@ from torch import nn
 
 from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, convs_of, parameter_layers
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 class _SEWidths(NamedTuple):
     channels: int
@@ -44,6 +46,8 @@ def find_layers(module: nn.Module) -> PSALayers | None:
     Raises:
         UnfusableError: if it looks like one, but has other layers too or an SE that does not fit.
     """
+    if _is_plain_container(module):
+        return None
     convs, ses, others, in_lists = _classify_children(module)
     if not ses:
         _name_what_is_no_se(convs, in_lists)
@@ -62,6 +66,12 @@ def find_layers(module: nn.Module) -> PSALayers | None:
     return PSALayers(tuple(branches), tuple(ses))
 
 
+def _is_plain_container(module: nn.Module) -> bool:
+    """Whether ``module`` calls its children one after another, or not at all."""
+    forward = type(module).forward
+    return isinstance(module, _CONTAINERS) and forward in (nn.Sequential.forward, nn.Module.forward)
+
+
 def _look_like_branches(branches: Mapping[str, list[nn.Conv2d]], in_lists: set[str]) -> bool:
     kinds = {tuple((c.kernel_size, c.groups, c.dilation) for c in b) for b in branches.values()}
     if len(branches) < 2:
@@ -73,7 +83,8 @@ def _name_what_is_no_se(convs: Mapping[str, list[nn.Conv2d]], in_lists: set[str]
     """Raise an UnfusableError if one child would be the SE of the others but for its layers."""
     for name, layers in convs.items():
         width = layers[-1].out_channels
-        if len(layers) < 3 or layers[0].in_channels != width or layers[0].kernel_size != (1, 1):
+        is_pointwise = all(layer_widths(layer) for layer in layers)
+        if len(layers) < 3 or layers[0].in_channels != width or not is_pointwise:
             continue
         others = {n: c for n, c in convs.items() if n != name and c[-1].out_channels == width}
         if _look_like_branches(others, in_lists):

@@ -185,3 +185,9 @@ def test_a_traced_graph_is_named() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(OfficialPSA(64, 64)))
     with pytest.warns(UserWarning, match=r"fuse: 0 .* part of a graph that torch\.fx traced"):
         ef.fuse(traced)
+
+
+def test_a_whole_network_causes_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ef.fuse(ef.epsanet50(num_classes=10, fused=False))
