@@ -25,10 +25,9 @@ from epsanet_fused.inference.conv_planner import (
     ConvProblem,
     choose,
     find_problems,
-    read_plans,
     time_candidates,
-    write_plans,
 )
+from epsanet_fused.inference.plan_file import read_plans, write_plans
 from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.utils.memory_format import memory_format_name
 from epsanet_fused.utils.progress import progress

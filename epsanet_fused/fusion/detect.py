@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, convs_of, parameter_layers
+from epsanet_fused.nn.psa_layers import PSALayers, UnfusableError, convs_of, parameter_layers
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 from epsanet_fused.fusion.detect import find_layers, layer_widths, name_lookalike
 from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec, replace_class
 from epsanet_fused.fusion.verify import verify_module
-from epsanet_fused.nn.equivalence import (
+from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa, kinds_of_se
+from epsanet_fused.nn.psa_layers import (
     PSALayers,
     UnfusableError,
     branch_convs,
     bypassed_modules,
 )
-from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa, kinds_of_se
 from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.progress import progress
 

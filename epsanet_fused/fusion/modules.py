@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
-from epsanet_fused.nn.equivalence import PSALayers
 from epsanet_fused.nn.fused_psa import se_weights
+from epsanet_fused.nn.psa_layers import PSALayers
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified

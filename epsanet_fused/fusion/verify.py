@@ -7,7 +7,8 @@ import itertools
 from torch import nn
 
 from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec
-from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, prove
+from epsanet_fused.nn.equivalence import prove
+from epsanet_fused.nn.psa_layers import PSALayers, UnfusableError
 
 
 def verify_module(module: nn.Module, layers: PSALayers, is_reversed: bool) -> PSASpec:

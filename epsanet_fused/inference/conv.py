@@ -1,44 +1,35 @@
 """Conv2d run as an equivalent convolution (merged groups, tiled pixels), fused with its successors.
 
-``PlannedConv`` is the module. The ``run_*`` functions at the end are the three ways to execute it.
+``PlannedConv`` is the module; ``conv_runners.py`` has the ways to execute it.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epsanet_fused.inference.conv_runners import (
+    ConvCall,
+    NoEngineError,
+    Runner,
+    add_relu,
+    run_onednn,
+    run_plain,
+    select_runner,
+)
 from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
 from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import (
     MEMORY_FORMATS,
-    is_channels_last,
     memory_format_name,
 )
 from epsanet_fused.utils.tracked import state_of, track, untrack_all
-
-
-class ConvCall(NamedTuple):
-    """The arguments of one call of the library's convolution, all but the input."""
-
-    weight: Tensor
-    bias: Tensor | None
-    groups: int
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-
-# Computes relu(conv(x) + residual) for (call, x, residual=None, relu=False, overwrite=False). If
-# ``overwrite``, it may write the output to the residual's memory.
-Runner = Callable[..., Tensor]
 
 
 class CachedWeights(nn.Module):
@@ -205,7 +196,7 @@ class PlannedConv(CachedWeights):
         if self.fold or not self._norms:
             out = self._convolve(x, residual, relu, overwrite)
         else:
-            out = _add_relu(self.norm(self._convolve(x)), residual, relu)
+            out = add_relu(self.norm(self._convolve(x)), residual, relu)
         return out.contiguous(memory_format=self.memory_format)
 
     def run_conv(self, x: Tensor) -> Tensor:
@@ -230,7 +221,7 @@ class PlannedConv(CachedWeights):
             return run_plain(ConvCall(weight, bias, self.groups, *geometry), x, residual, relu)
         call, run = self._prepare(x)
         if self.plan.tile != (1, 1):
-            return _add_relu(self._convolve_tiled(call, run, x), residual, relu)
+            return add_relu(self._convolve_tiled(call, run, x), residual, relu)
         try:
             return run(call, x, residual, relu, overwrite)
         except NoEngineError:
@@ -275,101 +266,9 @@ class PlannedConv(CachedWeights):
         return untile(run(padded, x), call.groups, self.plan.tile, margins, sizes)
 
 
-def _add_relu(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    if residual is not None:
-        out = out + residual
-    return F.relu(out) if relu else out
-
-
 def _pack(call: ConvCall, x: Tensor) -> ConvCall:
     """Return the call with its weight in oneDNN's order for x, which serves other sizes as well."""
     size = [x.shape[0], call.weight.shape[1] * call.groups, *x.shape[2:]]
     geometry = (call.padding, call.stride, call.dilation, call.groups)
     weight = torch.ops.mkldnn._reorder_convolution_weight(call.weight, *geometry, size)
     return call._replace(weight=weight)
-
-
-@functools.cache
-def select_runner(device_type: str, dtype: torch.dtype) -> Runner:
-    """Return the library's fused function for this device and dtype, or ``run_plain``."""
-    if device_type == "cpu" and torch.backends.mkldnn.is_available():
-        supported: dict[torch.dtype, Callable[[], bool]] = {
-            torch.float32: lambda: True,
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-        }
-        return run_onednn if dtype in supported and supported[dtype]() else run_plain
-    if device_type == "cuda" and torch.version.cuda:
-        return run_cudnn if dtype in (torch.float32, torch.float16) else run_plain
-    return run_plain
-
-
-class NoEngineError(RuntimeError):
-    """cuDNN cannot run this convolution with its residual and ReLU in one call."""
-
-
-def run_plain(
-    call: ConvCall,
-    x: Tensor,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    overwrite: bool = False,
-) -> Tensor:
-    """Run the convolution, the addition and the ReLU one by one."""
-    weight, bias, groups, stride, padding, dilation = call
-    return _add_relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups), residual, relu)
-
-
-def run_onednn(
-    call: ConvCall,
-    x: Tensor,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    overwrite: bool = False,
-) -> Tensor:
-    """Run oneDNN's fused convolution."""
-    weight, bias, groups, stride, padding, dilation = call
-    geometry = (padding, stride, dilation, groups)
-    # Overloads by name: resolving one from its arguments takes several microseconds.
-    pointwise: Any = torch.ops.mkldnn._convolution_pointwise
-    out: Tensor
-    if residual is None:
-        out = pointwise.default(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
-    elif groups > 1 or not is_channels_last(x):
-        # oneDNN's fused addition has no kernel for these in 16 bits.
-        out = pointwise.default(x, weight, bias, *geometry, "none", [], "")
-        out = _add_relu(out, residual, relu)
-    else:
-        activation = "relu" if relu else None
-        addition: tuple[Any, ...] = (weight, bias, *geometry, "add", 1.0, activation, [], None)
-        if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
-            out = torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *addition)
-        else:
-            out = pointwise.binary(x, residual, *addition)
-    return out
-
-
-def run_cudnn(
-    call: ConvCall,
-    x: Tensor,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    overwrite: bool = False,
-) -> Tensor:
-    """Run cuDNN's fused convolution.
-
-    Raises:
-        NoEngineError: if cuDNN refuses the call.
-    """
-    weight, bias, groups, stride, padding, dilation = call
-    if not relu:
-        return run_plain(call, x, residual)
-    geometry = (stride, padding, dilation, groups)
-    try:
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise NoEngineError(str(error)) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from epsanet_fused.inference.conv import PlannedConv
+from epsanet_fused.inference.plan_file import read_plans, write_plans
 from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa
 from epsanet_fused.nn.grouped_conv import ConvPlan, merged_conv, numeric_padding
-from epsanet_fused.utils.atomic_write import write_atomically
 from epsanet_fused.utils.capture import inputs_of
 from epsanet_fused.utils.device_info import conv_eps, device_name, library_versions
 from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
@@ -354,31 +353,3 @@ def _agrees(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], rounding:
         bool((result.to(exact) - exact).abs().max() <= rounding * exact.abs().max())
         for result, exact in zip(results, expected, strict=True)
     )
-
-
-def read_plans(path: Path) -> dict[str, ConvPlan]:
-    """Return the plans of a file, by ``ConvProblem.key()``.
-
-    Raises:
-        ValueError: if the file holds no plans.
-    """
-    try:
-        entries = json.loads(path.read_text())
-        return {
-            key: ConvPlan(int(groups), (int(rows), int(columns)), MEMORY_FORMATS[memory_format])
-            for key, (groups, rows, columns, memory_format) in entries.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"plan_convs: file must hold plans as plan_convs writes them, but {path} doesn't "
-            f"({type(error).__name__}: {error}); remove it, or name another"
-        ) from None
-
-
-def write_plans(path: Path, plans: Mapping[str, ConvPlan]) -> None:
-    """Write plans, by ``ConvProblem.key()``, to a file."""
-    entries = {
-        key: (plan.groups, *plan.tile, memory_format_name(plan.memory_format))
-        for key, plan in plans.items()
-    }
-    write_atomically(path, (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode())

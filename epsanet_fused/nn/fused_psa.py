@@ -9,9 +9,10 @@ import torch.fx
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
-from epsanet_fused.nn.equivalence import PSALayers, UnfusableError, prove
+from epsanet_fused.nn.equivalence import prove
 from epsanet_fused.nn.grouped_conv import merged_conv
 from epsanet_fused.nn.psa import PSAModule, SEWeightModule, recalibrate_and_concat
+from epsanet_fused.nn.psa_layers import PSALayers, UnfusableError
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.ops.psa_tail_norm import psa_tail_norm
 from epsanet_fused.utils.annotations import with_real_annotations

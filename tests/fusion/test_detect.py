@@ -15,7 +15,7 @@ from torch import nn
 import epsanet_fused as ef
 from epsanet_fused.fusion.detect import find_layers
 from epsanet_fused.fusion.modules import FusedPSAVariant
-from epsanet_fused.nn.equivalence import PSALayers
+from epsanet_fused.nn.psa_layers import PSALayers
 
 
 def with_extra(layer: nn.Module) -> nn.Module:

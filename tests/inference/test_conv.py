@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from epsanet_fused.inference.conv import PlannedConv, run_cudnn
+from epsanet_fused.inference.conv import PlannedConv
 from epsanet_fused.inference.conv_planner import TALL_TILES
+from epsanet_fused.inference.conv_runners import run_cudnn
 from epsanet_fused.inference.conv_weights import tile_weight, untile
 from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, merged_conv
 
