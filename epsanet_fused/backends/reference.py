@@ -59,8 +59,10 @@ def _excite(squeeze: Tensor, fc: SEWeights) -> tuple[Tensor, Tensor]:
     if not fc.per_branch:
         hidden = F.relu(F.linear(squeeze, fc1_weight, fc1_bias))
         return hidden, torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias))
-    hidden = F.relu(_by_branch_matmul(squeeze, fc1_weight.mT) + fc1_bias)
-    return hidden, torch.sigmoid(_by_branch_matmul(hidden, fc2_weight.mT) + fc2_bias)
+    # Not mT, which the TorchScript exporter to ONNX doesn't know.
+    fc1, fc2 = fc1_weight.transpose(1, 2), fc2_weight.transpose(1, 2)
+    hidden = F.relu(_by_branch_matmul(squeeze, fc1) + fc1_bias)
+    return hidden, torch.sigmoid(_by_branch_matmul(hidden, fc2) + fc2_bias)
 
 
 def _by_branch_matmul(rows: Tensor, matrices: Tensor) -> Tensor:
