@@ -13,9 +13,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from epsanet_fused.fusion.detect import find_layers, layer_widths, name_lookalike
-from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec, replace_class
+from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec
 from epsanet_fused.fusion.verify import verify_module
-from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa, kinds_of_se
+from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa, kinds_of_bypassed
 from epsanet_fused.nn.psa_layers import (
     PSALayers,
     UnfusableError,
@@ -24,6 +24,7 @@ from epsanet_fused.nn.psa_layers import (
 )
 from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.progress import progress
+from epsanet_fused.utils.replacing import replace_class
 
 ORDERS = ("reversed", "natural")
 FUSED_CLASSES = (FusedPSAModule, FusedPSAVariant)
@@ -156,7 +157,7 @@ def _make_replacement(module: nn.Module, layers: PSALayers, is_reversed: bool) -
     spec = verify_module(module, layers, is_reversed)
     if _is_official(module, spec):
         fused = replace_class(module, FusedPSAModule)
-        fused._se_kinds = kinds_of_se(module)
+        fused._kinds = kinds_of_bypassed(module)
         return fused
     return FusedPSAVariant.from_module(module, spec)
 
@@ -167,7 +168,7 @@ def _is_official(module: nn.Module, spec: PSASpec) -> bool:
     if not is_psa(module) or spec != PSASpec(layers):
         return False
     se: Any = module.se
-    if not kinds_of_se(module):
+    if not kinds_of_bypassed(module):
         return False
     return se.fc1.bias is not None and se.fc2.bias is not None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -11,16 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
-from epsanet_fused.nn.fused_psa import se_weights
+from epsanet_fused.nn.fused_psa import is_pointwise, se_weights
 from epsanet_fused.nn.psa_layers import PSALayers
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified
+from epsanet_fused.utils.replacing import call_original, replace_class
 
 # Symbolic tracing records one call of each of these.
 torch.fx.wrap("psa_tail")
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class PSASpec(NamedTuple):
@@ -46,51 +44,52 @@ class FusedPSAVariant(nn.Module):
     """Fused replacement of a PSA module that ``FusedPSAModule`` cannot express.
 
     ``epsanet_fused.fuse`` builds it. It keeps the submodules of the original under their names, and
-    calls those of the branches; ``psa_tail`` runs the rest. If somebody relies on calls of an SE
-    (see utils/hooks.py), the original's forward runs.
+    calls those of the branches; ``psa_tail`` runs the rest. If somebody relies on calls of another
+    module in it (see utils/hooks.py), the original's forward runs.
 
     Shape: (B, C_in, H, W) -> (B, S * C, H', W').
     """
 
     spec: PSASpec
-    _original: type[nn.Module]  # the class of the module that this one replaces
-    _se_kinds: tuple[type[nn.Module], ...]  # the classes of the modules that are not called
+    _kinds: tuple[type[nn.Module], ...]  # the classes of the modules that are not called
 
     @classmethod
     def from_module(cls, module: nn.Module, spec: PSASpec) -> FusedPSAVariant:
         """Build the replacement of ``module``, with which it shares its state."""
         fused = replace_class(module, cls)
         fused.spec = spec
-        fused._original = type(module)
-        fused._se_kinds = tuple(map(type, fused._se_modules()))
+        fused._kinds = tuple(map(type, fused._bypassed_modules()))
         return fused
 
     def reads_ses(self) -> bool:
-        """Return whether the SEs' weights are all that counts: nobody relies on calls of them."""
-        return are_unmodified(self._se_modules(), self._se_kinds)
+        """Return whether the SEs' weights are all that counts: nobody relies on calls.
 
-    def _se_modules(self) -> list[nn.Module]:
-        """Return all modules that are not called: the SEs, and what holds them."""
-        branches = {name.partition(".")[0] for name in self.spec.layers.branches}
-        ses = {first.partition(".")[0] for first, _ in self.spec.layers.ses}
-        found = [self._modules[name] for name in sorted(ses - branches)]
+        That is, of the SEs or any other module in this one that isn't in a branch.
+        """
+        try:
+            if not are_unmodified(self._bypassed_modules(), self._kinds):
+                return False
+            layers = [_find(self, name) for pair in self.spec.layers.ses for name in pair]
+        except KeyError:  # a layer was removed
+            return False
+        return all(map(is_pointwise, layers))
+
+    def _bypassed_modules(self) -> list[nn.Module]:
+        """Return all modules that are not called: those that are not in a branch."""
+        branches = [_find(self, name) for name in self.spec.layers.branches]
+        found: list[nn.Module] = [self]
         for part in found:
-            if part is not None:
-                found += part._modules.values()
-        return [part for part in found if part is not None]
-
-    def _unfused(self) -> nn.Module:
-        """Return a module of the original's class on the same attributes."""
-        original = self._original.__new__(self._original)
-        original.__dict__ = self.__dict__
-        return original
+            for child in part._modules.values():
+                if child is not None and child not in branches:
+                    found.append(child)
+        return found[1:]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Let TorchScript compile the original's forward.
 
         It compiles the class that a module has. The next call makes a fused module of it again.
         """
-        kind = self._original
+        kind = self.__dict__["_originals"][FusedPSAVariant]
 
         def call(module: nn.Module, *args: Any, **options: Any) -> Any:
             module.__class__ = FusedPSAVariant
@@ -109,8 +108,7 @@ class FusedPSAVariant(nn.Module):
         """Return what the original returns; ``x`` is overwritten if the original does that."""
         spec = self.spec
         if not self.reads_ses():
-            out: Tensor = self._unfused().forward(x)
-            return out
+            return call_original(self, FusedPSAVariant, x)
         # What is written over x would be missing in the backward of the convolutions.
         keeps_x = spec.overwrites_input and torch.is_grad_enabled()
         branches = self._convolve(x.clone() if keeps_x else x)  # S tensors (B, C, H', W')
@@ -136,21 +134,9 @@ class FusedPSAVariant(nn.Module):
         order = "reversed" if self.spec.is_reversed else "natural"
         tail = "psa_tail"
         if not self.reads_ses():
-            tail = f"that of {self._original.__name__}, as an SE is modified"
+            kind = self.__dict__["_originals"][FusedPSAVariant]
+            tail = f"that of {kind.__name__}, as a part of it is modified"
         return f"branches={len(layers.branches)}, split={split}, order={order}, tail={tail}"
-
-
-def replace_class(module: nn.Module, cls: type[Module]) -> Module:
-    """Return a ``cls`` with the state of ``module``: submodules, parameters, hooks, attributes.
-
-    Attributes that other code has set on the module are kept too: YOLO's parser stores the index
-    of each layer's input on the layer.
-    """
-    made = cls.__new__(cls)
-    made.__dict__.update(vars(module))
-    for name in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[name] = copy.copy(vars(module)[name])
-    return made
 
 
 def _find(module: nn.Module, name: str) -> nn.Module:

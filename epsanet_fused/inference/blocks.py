@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.inference.conv import CachedWeights, PlannedConv
 from epsanet_fused.inference.conv_weights import norm_scale_shift
-from epsanet_fused.nn.fused_psa import CONVS, is_psa, kinds_of_se, se_weights
-from epsanet_fused.nn.grouped_conv import ConvPlan
-from epsanet_fused.nn.psa import recalibrate_and_concat
+from epsanet_fused.nn.fused_psa import CONVS, is_psa, kinds_of_bypassed, reads_se, se_weights
+from epsanet_fused.nn.grouped_conv import ConvPlan, is_plain_conv
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
-from epsanet_fused.utils.hooks import are_unmodified, has_hooks
+from epsanet_fused.utils.hooks import are_unmodified
 from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
+from epsanet_fused.utils.replacing import call_original, take_state
 from epsanet_fused.utils.tracked import untrack_all
 
 
@@ -42,17 +43,20 @@ class Rewrites(NamedTuple):
         return _rewrites, (memory_format_name(self.memory_format), *self[1:])
 
     def planned_conv(
-        self, name: str, conv: nn.Conv2d, norm: nn.Module | None = None, relu: bool = False
+        self,
+        name: str,
+        conv: nn.Conv2d,
+        norm: nn.Module | None = None,
+        kind: type[PlannedConv] = PlannedConv,
     ) -> PlannedConv:
-        """Return the rewritten convolution, with the norm and the ReLU that follow it, if any."""
-        return PlannedConv(
+        """Return the rewritten convolution, with the norm that follows it, if any."""
+        return kind(
             conv,
             norm,
             plan=self.plans.get(name),
             memory_format=self.memory_format,
             fold=self.fold,
             fused_calls=self.fused_calls,
-            relu=relu,
         )
 
 
@@ -62,6 +66,8 @@ def _rewrites(memory_format: str, *rest: Any) -> Rewrites:
 
 class PlannedPSA(CachedWeights):
     """A PSA module for inference, with an optional BatchNorm2d and ReLU after it.
+
+    A call computes the PSA module alone; ``run`` computes all of it.
 
     Args:
         name: its name in the model.
@@ -74,50 +80,56 @@ class PlannedPSA(CachedWeights):
     conv_2: nn.Module
     conv_3: nn.Module
     conv_4: nn.Module
+    se: Any
 
     def __init__(self, name: str, psa: Any, norm: nn.Module | None, rewrites: Rewrites) -> None:
         super().__init__(psa, norm)
         for conv in CONVS:
             setattr(self, conv, rewrites.planned_conv(f"{name}.{conv}", getattr(psa, conv)))
-        self.se: Any = psa.se
         self.epilogue = rewrites.epilogue and norm is not None
-        self._se_kinds = kinds_of_se(psa)
+        self._read_kinds = kinds_of_bypassed(psa)
 
     def compute_weights(self) -> tuple[Tensor, Tensor]:
         """Return the scale and shift of the norm, for the tail's epilogue."""
         return norm_scale_shift(self.norm)
 
-    @with_real_annotations
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """Return relu(norm(psa(x))); without the ReLU unless ``relu``."""
-        out = self.run_psa(x, epilogue=self.epilogue, relu=relu)
-        if not self.epilogue and self.norm is not None:
-            out = self.norm(out)
-        return F.relu(out) if relu and not self.epilogue else out
+    def reads_layers(self, norm: nn.Module | None = None) -> bool:
+        """Return whether ``run`` computes this module and ``norm``, the module behind it."""
+        if not reads_se(self, self._read_kinds):
+            return False
+        return norm is self.norm and (norm is None or self.reads_norm())
 
-    def run_psa(self, x: Tensor, epilogue: bool = False, relu: bool = False) -> Tensor:
-        """Return psa(x), with the norm and the ReLU if ``epilogue``."""
-        branches = [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
-        if not are_unmodified((self.se, *self.se._modules.values()), self._se_kinds):
-            out = recalibrate_and_concat(branches, [self.se(branch) for branch in branches])
-            if epilogue:
-                out = self.norm(out)
-            return F.relu(out) if epilogue and relu else out
-        fc = se_weights(self.se.fc1, self.se.fc2)
-        if epilogue:
+    @with_real_annotations
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the PSA module's output; where somebody relies on calls, the original's code."""
+        if reads_se(self, self._read_kinds):
+            return psa_tail(self._convolve(x), *self._se_weights())
+        return call_original(self, PlannedPSA, x)
+
+    def run(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Return relu(norm(psa(x))); without the ReLU unless ``relu``."""
+        branches, fc = self._convolve(x), self._se_weights()
+        if self.epilogue:
             compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
             scale, shift = self.compute_weights() if compiling else self.cached_weights()
             return psa_tail(branches, *fc, scale=scale, shift=shift, relu=relu)
-        return psa_tail(branches, *fc)
+        out = psa_tail(branches, *fc)
+        if self.norm is not None:
+            out = self.norm(out)
+        return F.relu(out) if relu else out
 
+    def _convolve(self, x: Tensor) -> list[Tensor]:
+        return [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
 
-_BYPASSED = ("bn1", "bn2", "bn3", "relu")
+    def _se_weights(self) -> SEWeights:
+        return se_weights(self.se.fc1, self.se.fc2)
 
 
 class PlannedBlock(nn.Module):
     """An EPSABlock for inference, or the ResNet bottleneck that it comes from.
 
-    Its children have the names that they had in ``block``, and so have the state_dict's keys.
+    It has the state of ``block``: its children have the names that they had there. If somebody
+    relies on calls of one of them, the block's own code runs, and calls them all.
 
     Args:
         name: its name in the model.
@@ -126,14 +138,9 @@ class PlannedBlock(nn.Module):
     """
 
     def __init__(self, name: str, block: Any, rewrites: Rewrites) -> None:
-        super().__init__()
-        # Other code may read the block's public attributes, such as the stride.
-        own = {key: value for key, value in vars(block).items() if not key.startswith("_")}
-        vars(self).update(own)
-        for key, child in block.named_children():
-            self.add_module(key, child)
+        take_state(self, block, PlannedBlock)
         self.conv1 = rewrites.planned_conv(f"{name}.conv1", block.conv1, block.bn1)
-        self.conv2: nn.Module = (
+        self.conv2: Any = (
             PlannedPSA(f"{name}.conv2", block.conv2, block.bn2, rewrites)
             if is_psa(block.conv2)
             else rewrites.planned_conv(f"{name}.conv2", block.conv2, block.bn2)
@@ -144,15 +151,27 @@ class PlannedBlock(nn.Module):
             conv, norm = block.downsample
             planned = rewrites.planned_conv(f"{name}.downsample.0", conv, norm)
             self.downsample = ConvNorm(planned, norm)
-        # They are not called, unless somebody relies on it.
-        self._bypassed = tuple(
-            n for n in _BYPASSED if isinstance(getattr(self, n, None), nn.Module)
+        self._read_kinds = tuple(map(type, self._read_modules()))
+
+    def _read_modules(self) -> list[nn.Module]:
+        """Return the children that ``run`` doesn't call: all but the downsample."""
+        children = self._modules.items()
+        return [m for name, m in children if name != "downsample" and m is not None]
+
+    def reads_layers(self) -> bool:
+        """Return whether ``run`` computes the block: nobody relies on calls of its children."""
+        if not are_unmodified(self._read_modules(), self._read_kinds):
+            return False
+        children: Any = self._modules
+        return (
+            children["conv1"].reads_layers(children["bn1"])
+            and children["conv2"].reads_layers(children["bn2"])
+            and children["conv3"].reads_layers(children["bn3"])
         )
-        self._kinds = tuple(type(getattr(self, n)) for n in self._bypassed)
 
     @with_real_annotations
-    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """Return the block's output; ``overwrite`` allows it to be written to x's memory.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output.
 
         Raises:
             RuntimeError: in training mode.
@@ -164,26 +183,22 @@ class PlannedBlock(nn.Module):
             )
         if torch.compiler.is_compiling():
             untrack_all()
-        if not are_unmodified([getattr(self, n) for n in self._bypassed], self._kinds):
-            return self._call_all(x)
-        downsample = self.downsample
-        identity = x if downsample is None else downsample(x)
-        if isinstance(downsample, ConvNorm):
-            # Nothing else holds the identity then, unless a hook has kept it.
-            overwrite = not has_hooks(downsample, downsample[0])
-        out: Tensor = self.conv2(self.conv1(x, relu=True), relu=True)
-        out = self.conv3(out, identity, relu=True, overwrite=overwrite)
-        return out
+        if self.reads_layers():
+            return self.run(x)
+        return call_original(self, PlannedBlock, x)
 
-    def _call_all(self, x: Tensor) -> Tensor:
-        """Return the block's output; every norm and every ReLU is called."""
-        parts: Any = self  # their types are known above
-        relu, psa = getattr(self, "relu", F.relu), parts.conv2
-        identity = x if self.downsample is None else self.downsample(x)
-        out: Tensor = relu(parts.bn1(self.conv1.run_conv(x)))
-        out = psa.run_psa(out) if isinstance(psa, PlannedPSA) else psa.run_conv(out)
-        out = parts.bn3(self.conv3.run_conv(relu(parts.bn2(out))))
-        out = relu(out + identity)
+    def run(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """Return the block's output; ``overwrite`` allows it to be written to x's memory."""
+        downsample = self.downsample
+        if downsample is None:
+            identity = x
+        elif type(downsample) is ConvNorm and downsample.reads_layers():
+            identity = downsample.run(x)
+            overwrite = True  # nothing else holds the identity
+        else:
+            identity, overwrite = downsample(x), False
+        out: Tensor = self.conv2.run(self.conv1.run(x, relu=True), relu=True)
+        out = self.conv3.run(out, identity, relu=True, overwrite=overwrite)
         return out
 
 
@@ -193,44 +208,40 @@ class PlannedStage(nn.Sequential):
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks one after another."""
-        blocks: list[Any] = [*self]
-        for i, block in enumerate(blocks):
-            # A hook of either block may have kept this tensor.
-            x = block(x, overwrite=i > 0 and not has_hooks(blocks[i - 1], block, block.conv1))
+        blocks: Iterable[Any] = self
+        is_ours = False  # whether nobody else can have kept x
+        for block in blocks:
+            runs = are_unmodified((block,), (PlannedBlock,)) and block.reads_layers()
+            x = block.run(x, overwrite=is_ours) if runs and not block.training else block(x)
+            is_ours = runs
         return x
 
 
 class ConvNorm(nn.Sequential):
-    """A PlannedConv and the norm that it already applies."""
+    """A PlannedConv and the norm that follows it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self._read_kinds = (ConvNorm, *map(type, layers))
+
+    def reads_layers(self) -> bool:
+        """Return whether ``run`` computes both: nobody relies on calls of them, or of this one."""
+        layers: Any = list(self)
+        if not are_unmodified((self, *layers), self._read_kinds):
+            return False
+        conv, norm = layers
+        return bool(conv.reads_layers(norm))
 
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
-        """Run the PlannedConv alone, unless somebody relies on a call of the norm."""
+        """Return norm(conv(x))."""
+        return self.run(x) if self.reads_layers() else super().forward(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return norm(conv(x)), computed by the convolution."""
         conv: Any = self[0]
-        out: Tensor = self[1](conv.run_conv(x)) if has_hooks(self[1]) else conv(x)
+        out: Tensor = conv.run(x)
         return out
-
-
-class FoldedNorm(nn.Module):
-    """A BatchNorm2d that the PlannedConv before it applies: returns its input unchanged.
-
-    Args:
-        norm: the BatchNorm2d, whose parameters and buffers it shares.
-    """
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        for name, parameter in norm._parameters.items():  # a parameter may be None
-            self.register_parameter(name, parameter)
-        for name, buffer in norm.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-        self.eps = norm.eps
-        self.training = False
-
-    @with_real_annotations
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
-        return x
 
 
 def is_conv_norm(module: Any) -> bool:
@@ -241,11 +252,6 @@ def is_conv_norm(module: Any) -> bool:
         and is_plain_conv(module[0])
         and is_batch_norm(module[1])
     )
-
-
-def is_plain_conv(module: Any) -> bool:
-    """Return whether ``module`` is exactly a Conv2d (no subclass) with zeros as its padding."""
-    return type(module) is nn.Conv2d and module.padding_mode == "zeros"
 
 
 def is_batch_norm(module: Any) -> bool:

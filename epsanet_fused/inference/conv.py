@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.inference.conv_runners import (
@@ -23,21 +22,27 @@ from epsanet_fused.inference.conv_runners import (
     select_runner,
 )
 from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
-from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
+from epsanet_fused.nn.grouped_conv import (
+    ConvPlan,
+    merge_weight,
+    numeric_padding,
+    pads_evenly,
+)
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import (
     MEMORY_FORMATS,
     memory_format_name,
 )
+from epsanet_fused.utils.replacing import take_state
 from epsanet_fused.utils.tracked import state_of, track, untrack_all
 
 
 class CachedWeights(nn.Module):
     """A module that replaces another one and computes with tensors made from its parameters.
 
-    It holds the parameters of ``origin`` under the same names, so the state_dict stays the same.
-    ``cached_weights`` calls ``compute_weights`` again when a parameter of ``origin`` or of ``norm``
-    has changed. The cache is neither saved nor copied.
+    It has the state of ``origin``. ``cached_weights`` calls ``compute_weights`` again when a
+    parameter of ``origin`` or of ``norm``, or one of ``settings``, has changed. The cache is
+    neither saved nor copied.
 
     Args:
         origin: the module to replace.
@@ -51,9 +56,7 @@ class CachedWeights(nn.Module):
     _states: list[Any] | None
 
     def __init__(self, origin: nn.Module, norm: nn.Module | None) -> None:
-        super().__init__()
-        for name, parameter in origin._parameters.items():  # a parameter may be None
-            self.register_parameter(name, parameter)
+        take_state(self, origin, type(self))
         self.training = False
         # A tuple hides the norm from nn.Module, which would register it a second time.
         self._norms = () if norm is None else (norm,)
@@ -68,16 +71,26 @@ class CachedWeights(nn.Module):
         """Compute the tensors to run with from the parameters."""
         raise NotImplementedError
 
+    def settings(self) -> tuple[Any, ...]:
+        """Return the attributes that ``compute_weights`` reads beside tensors."""
+        return tuple(norm.eps for norm in self._norms)
+
+    def reads_norm(self) -> bool:
+        """Return whether the norm does in a call what its tensors say: it is in eval mode."""
+        norm = self.norm
+        return not norm.training and norm._buffers.get("running_mean") is not None
+
     def cached_weights(self) -> Any:
         """Return the result of ``compute_weights`` for the parameters as they are now."""
         sources: list[Tensor | None] = [*self._parameters.values()]
         for norm in self._norms:
             sources += (*norm._parameters.values(), *norm._buffers.values())
-        states = [state_of(t) for t in sources]
+        settings = self.settings()
+        states = [*settings, *map(state_of, sources)]
         if states != self._states or not all(map(operator.is_, sources, self._sources)):
             for t in sources:
                 track(t)
-            states = [state_of(t) for t in sources]
+            states = [*settings, *map(state_of, sources)]
             with torch.inference_mode(False), torch.no_grad():
                 self._cache = self.compute_weights()
             self._sources, self._states = sources, states
@@ -110,21 +123,28 @@ def refuse_gradients(module: nn.Module, x: Tensor) -> None:
 class PlannedConv(CachedWeights):
     """A Conv2d for inference, with an optional BatchNorm2d, residual and ReLU after it.
 
+    A call computes the convolution alone, as the Conv2d does; ``run`` computes all of it.
+
     Args:
-        conv: with zeros as its padding.
+        conv: a convolution that ``is_plain_conv`` accepts.
         norm: the BatchNorm2d that follows it, or None.
         plan: how to run it; None runs it unchanged, in ``memory_format``.
         memory_format: of the output.
         fold: fold the norm into the convolution's weights.
         fused_calls: use the library's own convolution + residual + ReLU where it has one; on CPUs,
             in channels_last, with weights in oneDNN's packed order.
-        relu: apply a ReLU in every call.
 
     Shape: (B, C, H, W) -> (B, K, H', W').
     """
 
     weight: Tensor
     bias: Tensor | None
+    groups: int
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    padding_mode: str
 
     def __init__(
         self,
@@ -135,16 +155,27 @@ class PlannedConv(CachedWeights):
         memory_format: torch.memory_format = torch.contiguous_format,
         fold: bool = True,
         fused_calls: bool = True,
-        relu: bool = False,
     ) -> None:
         super().__init__(conv, norm)
         self.plan = plan or ConvPlan(conv.groups, (1, 1), memory_format)
         self.memory_format = memory_format
         self.fold = fold
         self.fused_calls = fused_calls
-        self.relu = relu
-        self.groups, self.stride, self.dilation = conv.groups, conv.stride, conv.dilation
-        self.padding = numeric_padding(conv)
+
+    def settings(self) -> tuple[Any, ...]:
+        """Return the attributes that ``compute_weights`` reads beside tensors."""
+        return *super().settings(), self.stride, self.padding, self.dilation, self.groups
+
+    def reads_layers(self, norm: nn.Module | None = None) -> bool:
+        """Return whether ``run`` computes this convolution and ``norm``, the module behind it.
+
+        False if somebody has changed the weight's or the norm's place since, or their modes. Hooks
+        are not looked for.
+        """
+        has_own_weight = "weight" in self._parameters and "weight" not in self.__dict__
+        if not has_own_weight or self._modules or not pads_evenly(self):
+            return False
+        return norm is self.norm and (norm is None or self.reads_norm())
 
     def compute_weights(self) -> ConvCall:
         """Fold the norm, merge the groups and tile the weight, as planned."""
@@ -160,7 +191,7 @@ class PlannedConv(CachedWeights):
         # Copy even if nothing was folded, merged or cast: the parameter may be written to later.
         weight = weight.to(dtype, memory_format=memory_format, copy=True)
         bias = None if bias is None else bias.to(dtype, copy=True)
-        return ConvCall(weight, bias, groups, stride, self.padding, self.dilation)
+        return ConvCall(weight, bias, groups, stride, numeric_padding(self), self.dilation)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.save's default protocol can't write a torch.memory_format.
@@ -170,7 +201,19 @@ class PlannedConv(CachedWeights):
         super().__setstate__(state | {"memory_format": MEMORY_FORMATS[state["memory_format"]]})
 
     @with_real_annotations
-    def forward(
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of ``x`` (B, C, H, W), without the norm, as the Conv2d does.
+
+        Raises:
+            RuntimeError: if a gradient is due.
+        """
+        if self.reads_layers():
+            return self.run(x)
+        refuse_gradients(self, x)
+        out: Tensor = nn.Conv2d._conv_forward(self, x, self.weight, self.bias)  # type: ignore[arg-type]
+        return out
+
+    def run(
         self,
         x: Tensor,
         residual: Tensor | None = None,
@@ -191,19 +234,12 @@ class PlannedConv(CachedWeights):
         if torch.compiler.is_compiling():
             untrack_all()
         refuse_gradients(self, x)
-        relu = relu or self.relu
         x = x.contiguous(memory_format=self.plan.memory_format)
         if self.fold or not self._norms:
             out = self._convolve(x, residual, relu, overwrite)
         else:
             out = add_relu(self.norm(self._convolve(x)), residual, relu)
         return out.contiguous(memory_format=self.memory_format)
-
-    def run_conv(self, x: Tensor) -> Tensor:
-        """Return the convolution of x alone, without the norm and the ReLU, run as PyTorch does."""
-        refuse_gradients(self, x)
-        geometry = (self.stride, self.padding, self.dilation)
-        return F.conv2d(x, self.weight, self.bias, *geometry, self.groups)
 
     def _convolve(
         self,
@@ -217,7 +253,7 @@ class PlannedConv(CachedWeights):
             weight, bias = fold_norm(self.weight, self.bias, self.norm if self.fold else None)
             dtype = self.weight.dtype
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-            geometry = (self.stride, self.padding, self.dilation)
+            geometry = (self.stride, numeric_padding(self), self.dilation)
             return run_plain(ConvCall(weight, bias, self.groups, *geometry), x, residual, relu)
         call, run = self._prepare(x)
         if self.plan.tile != (1, 1):
@@ -235,7 +271,7 @@ class PlannedConv(CachedWeights):
             # Compilers see computations on parameters, which freezing evaluates once.
             return self.compute_weights(), run_plain
         call = self.cached_weights()
-        if not self.fused_calls:
+        if not self.fused_calls or x.dtype != self.weight.dtype:  # autocast casts for PyTorch's own
             return call, run_plain
         run = select_runner(x.device.type, x.dtype)
         # With a packed weight the output is always channels_last.
@@ -252,7 +288,7 @@ class PlannedConv(CachedWeights):
             x.shape[2:],
             self.weight.shape[2:],
             self.stride,
-            self.padding,
+            call.padding,
             self.plan.tile,
             strict=True,
         )
@@ -261,7 +297,7 @@ class PlannedConv(CachedWeights):
             sizes.append(size)
             # Where whole tiles do not fit, compute more pixels on both sides and cut them off.
             margins.append((-size % pixels + 1) // 2)
-        widths = zip(self.padding, self.stride, margins, strict=True)
+        widths = zip(call.padding, self.stride, margins, strict=True)
         padded = call._replace(padding=tuple(p + s * m for p, s, m in widths))
         return untile(run(padded, x), call.groups, self.plan.tile, margins, sizes)
 

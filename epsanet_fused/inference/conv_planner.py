@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from epsanet_fused.inference.conv import PlannedConv
 from epsanet_fused.inference.plan_file import read_plans, write_plans
 from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa
-from epsanet_fused.nn.grouped_conv import ConvPlan, merged_conv, numeric_padding
+from epsanet_fused.nn.grouped_conv import ConvPlan, is_plain_conv, merged_conv, numeric_padding
 from epsanet_fused.utils.capture import inputs_of
 from epsanet_fused.utils.device_info import conv_eps, device_name, library_versions
 from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
@@ -160,7 +160,7 @@ def find_problems(
 ) -> dict[str, ConvProblem]:
     """Return the problem of each grouped convolution that the example input reaches, by name."""
     psas = {name: m for name, m in module.named_modules() if is_psa(m)}
-    convs = {name: conv for name, conv in _branch_convs(psas).items() if conv.groups > 1}
+    convs = {n: c for n, c in _branch_convs(psas).items() if is_plain_conv(c) and c.groups > 1}
     return {
         name: _make_problem(convs[name], x, memory_format, training)
         for name, x in inputs_of(convs, module, example_input).items()

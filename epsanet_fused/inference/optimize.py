@@ -30,6 +30,7 @@ from epsanet_fused.inference.rewrite import (
     copy_sharing_tensors,
     find_targets,
 )
+from epsanet_fused.inference.stem import move_stem
 from epsanet_fused.nn.grouped_conv import ConvPlan
 from epsanet_fused.utils.capture import as_arguments
 from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
@@ -271,6 +272,7 @@ def _move_into(model: nn.Module, made: nn.Module, dtype: torch.dtype | None) -> 
         model.to(dtype)
     for name, child in made.named_children():
         setattr(model, name, child)
+    move_stem(made, model)
     return model
 
 

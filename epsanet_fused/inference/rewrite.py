@@ -14,20 +14,19 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from epsanet_fused.inference.blocks import (
-    FoldedNorm,
     PlannedBlock,
     PlannedPSA,
     PlannedStage,
     Rewrites,
     is_batch_norm,
-    is_plain_conv,
 )
+from epsanet_fused.inference.stem import fold_stem
+from epsanet_fused.inference.verify import check_numbers, is_block_like
 from epsanet_fused.nn.fused_psa import CONVS, is_psa
+from epsanet_fused.nn.grouped_conv import is_plain_conv
 from epsanet_fused.utils.capture import inputs_of
-from epsanet_fused.utils.device_info import conv_eps
-from epsanet_fused.utils.hooks import has_hooks
+from epsanet_fused.utils.hooks import has_hooks, is_unmodified
 
-_BLOCK_LAYERS = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample")
 _BLOCK_NORMS = ("bn1", "bn2", "bn3")
 
 
@@ -51,7 +50,7 @@ def find_targets(model: nn.Module, args: tuple[Any, ...]) -> Targets:
     Raises:
         ValueError: if there is nothing to rewrite.
     """
-    candidates = {n: m for n, m in model.named_modules() if _is_block_like(m) or is_psa(m)}
+    candidates = {n: m for n, m in model.named_modules() if is_block_like(m) or is_psa(m)}
     inputs = inputs_of(candidates, model, args)
     blocks: list[str] = []
     psas: list[str] = []
@@ -59,10 +58,16 @@ def find_targets(model: nn.Module, args: tuple[Any, ...]) -> Targets:
     for name, module in candidates.items():
         if name.rpartition(".")[0] in blocks:  # the PSA module of that block
             continue
-        reason = _check_structure(module) or _check_numbers(name, module, inputs.get(name))
+        psa = f"{name}.conv2".lstrip(".")
+        reason = (
+            _check_structure(module)
+            or check_numbers(module, inputs.get(name))
+            # In the block's output, what the PSA module does differently may be too small to see.
+            or (check_numbers(candidates[psa], inputs.get(psa)) if psa in candidates else None)
+        )
         if reason is not None:
             skipped[name or type(model).__name__] = reason
-        elif _is_block_like(module):
+        elif is_block_like(module):
             blocks.append(name)
         else:
             psas.append(name)
@@ -82,7 +87,7 @@ def apply_rewrites(model: nn.Module, targets: Targets, rewrites: Rewrites) -> nn
     if rewrites.fold:
         for name in targets.stems:
             relu = name in targets.relu_stems and rewrites.fused_calls
-            _fold_stem(rewritten.get_submodule(name), name, relu, rewrites)
+            fold_stem(rewritten.get_submodule(name), name, relu, rewrites)
     for name in targets.psas:
         psa = PlannedPSA(name, rewritten.get_submodule(name), None, rewrites)
         rewritten = _replace(rewritten, name, psa)
@@ -102,16 +107,6 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(t): t for t in tensors})
 
 
-def _fold_stem(stem: Any, name: str, relu: bool, rewrites: Rewrites) -> None:
-    """Fold bn1, and with ``relu`` the ReLU after it, into the stem's conv1."""
-    # The convolution follows the norm that is in the model, which loading and casting change.
-    stem.bn1 = FoldedNorm(stem.bn1)
-    conv_name = f"{name}.conv1".lstrip(".")
-    stem.conv1 = rewrites.planned_conv(conv_name, stem.conv1, stem.bn1, relu)
-    if relu:
-        stem.relu = nn.Identity()
-
-
 def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     if not name:
         return module
@@ -120,15 +115,10 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def _is_planned_row(module: nn.Module) -> bool:
-    """Return whether ``module`` is an nn.Sequential of PlannedBlocks alone, without hooks."""
-    if type(module) is not nn.Sequential or len(module) == 0 or has_hooks(module):
+    """Return whether ``module`` is an unmodified nn.Sequential of PlannedBlocks alone."""
+    if not is_unmodified(module, nn.Sequential) or len(module._modules) == 0:
         return False
-    return all(isinstance(block, PlannedBlock) for block in module)
-
-
-def _is_block_like(module: Any) -> bool:
-    has_all = all(hasattr(module, name) for name in _BLOCK_LAYERS)
-    return has_all and (is_psa(module.conv2) or isinstance(module.conv2, nn.Conv2d))
+    return all(isinstance(block, PlannedBlock) for block in module.children())
 
 
 def _check_structure(module: Any) -> str | None:
@@ -136,11 +126,13 @@ def _check_structure(module: Any) -> str | None:
     for name, part in module.named_modules():
         if has_hooks(part):
             return f"{name or 'it'} has hooks"
+        if "forward" in vars(part):
+            return f"{name or 'it'} has a forward that was replaced"
         if parametrize.is_parametrized(part):
             return f"{name or 'it'} has parametrised weights"
     if module._parameters or module._buffers:
         return "it has parameters or buffers of its own"
-    is_block = _is_block_like(module)
+    is_block = is_block_like(module)
     psa = module.conv2 if is_block else module
     convs = {name: getattr(psa, name) for name in CONVS} if is_psa(psa) else {"conv2": psa}
     if is_block:
@@ -153,34 +145,6 @@ def _check_structure(module: Any) -> str | None:
         if not is_batch_norm(norm):
             kind = type(norm).__name__
             return f"{name} is a {kind}, not a BatchNorm2d with running statistics"
-    return None
-
-
-def _check_numbers(name: str, module: nn.Module, x: Tensor | None) -> str | None:
-    """Return how the module differs from its replacement on random inputs, or None if it doesn't.
-
-    Args:
-        name: its name in the model.
-        module: a block or a PSA module by its structure.
-        x: an input of it, for its shape, dtype and device.
-    """
-    if x is None:
-        return "the example input doesn't reach it, or it takes more than one tensor"
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    rewrites = Rewrites()
-    planned = (
-        PlannedBlock(name, module, rewrites)
-        if _is_block_like(module)
-        else PlannedPSA(name, module, None, rewrites)
-    )
-    expected, out = module(noise.clone()), planned(noise)
-    if not isinstance(expected, Tensor) or expected.shape != out.shape:
-        return "its output isn't that of such a module"
-    expected, out = expected.double(), out.double()
-    distance = ((out - expected).norm() / (expected.norm() or 1)).item()
-    allowed = max(1e-4, 16 * conv_eps(x.dtype, x.device))
-    if not distance <= allowed:  # also for NaN
-        return f"it computes something else: {distance:.1e} from what such a module gives"
     return None
 
 
@@ -222,12 +186,14 @@ def _is_stem_like(module: Any) -> bool:
     norm: Any = getattr(module, "bn1", None)
     if not is_plain_conv(conv) or not is_batch_norm(norm):
         return False
-    return not any(has_hooks(part) or parametrize.is_parametrized(part) for part in (conv, norm))
+    return not parametrize.is_parametrized(norm) and all(
+        is_unmodified(part, type(part)) for part in (conv, norm)
+    )
 
 
 def _has_plain_relu(stem: Any) -> bool:
     relu = getattr(stem, "relu", None)
-    return type(relu) is nn.ReLU and not has_hooks(relu)
+    return isinstance(relu, nn.ReLU) and is_unmodified(relu, nn.ReLU)
 
 
 class _CallLog:

@@ -89,7 +89,7 @@ def copy_in_float64(module: nn.Module) -> nn.Module:
             copied = copied.cpu()
         return copied.double().requires_grad_()
     except Exception as error:  # any attribute of a module can raise any exception
-        raise UnfusableError(f"it can't be copied: {_first_line(error)}") from None
+        raise UnfusableError(f"it can't be copied: {first_line(error)}") from None
 
 
 Candidate = TypeVar("Candidate")
@@ -142,14 +142,15 @@ def _try_all(
     left: Sequence[Candidate] | None = None
     for progress, trial in enumerate(TRIALS):
         generator = torch.Generator().manual_seed(trial.seed)
-        _randomize_parameters(module, layers, trial, generator)
+        randomize(module, generator)
+        _shrink_hidden_units(module, layers, trial.scale)
         x = _random_input(module, layers, split_input, trial, generator)
         try:
             expected = _run_original(module, layers, x, trial)
         except UnfusableError:
             raise
         except Exception as error:  # a module can raise any exception
-            return Verdict([], progress, f"it can't be run on noise: {_first_line(error)}")
+            return Verdict([], progress, f"it can't be run on noise: {first_line(error)}")
         if left is None:
             left = candidates(not torch.equal(expected.input_after, x))
         left = [c for c in left if _agrees(module, c, build, x, trial, expected)]
@@ -160,17 +161,22 @@ def _try_all(
 
 
 @torch.no_grad()
-def _randomize_parameters(
-    module: nn.Module, layers: PSALayers, trial: Trial, generator: torch.Generator
-) -> None:
-    """Draw parameters that preserve the size of activations, so that no sigmoid saturates."""
+def randomize(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw parameters that preserve the size of activations, so that no sigmoid saturates.
+
+    Biases are small: hidden units occur on both sides of zero.
+    """
     for p in module.parameters():
         noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu")
-        # Small biases, so that hidden units occur on both sides of zero.
         p.copy_(noise * (0.3 if p.dim() < 2 else (len(p) / p.numel()) ** 0.5))
+
+
+@torch.no_grad()
+def _shrink_hidden_units(module: nn.Module, layers: PSALayers, scale: float) -> None:
+    """Divide the SEs' second layers by the factor of the input."""
     for _, second in layers.ses:
         for p in module.get_submodule(second).parameters():
-            p.div_(trial.scale)
+            p.div_(scale)
 
 
 def _random_input(
@@ -323,5 +329,6 @@ def _close(a: Tensor, b: Tensor, tolerance: float, rounded: Tensor | None) -> bo
     return bool((a - b).norm() <= allowed)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the class of the error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
 from epsanet_fused.nn.equivalence import prove
-from epsanet_fused.nn.grouped_conv import merged_conv
+from epsanet_fused.nn.grouped_conv import merged_conv, pads_evenly
 from epsanet_fused.nn.psa import PSAModule, SEWeightModule, recalibrate_and_concat
 from epsanet_fused.nn.psa_layers import PSALayers, UnfusableError
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.ops.psa_tail_norm import psa_tail_norm
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified, has_hooks, is_unmodified
+from epsanet_fused.utils.replacing import call_original, is_replacement
 
 torch.fx.wrap("psa_tail")  # symbolic tracing records one call of the operator
 
@@ -58,7 +59,7 @@ class FusedPSAModule(PSAModule):
     """
 
     merged_groups: tuple[int, ...] | None = None
-    _se_kinds: tuple[type[nn.Module], ...] = SE_KINDS
+    _kinds: tuple[type[nn.Module], ...] = SE_KINDS  # the classes of the modules not called
 
     @classmethod
     def from_reference(cls, module: nn.Module) -> FusedPSAModule:
@@ -90,20 +91,22 @@ class FusedPSAModule(PSAModule):
                 f"FusedPSAModule.from_reference: module must be a PSAModule alone; the fused "
                 f"module would be without {', '.join(lost)} of {type(module).__name__}"
             )
-        if type(module) in (PSAModule, FusedPSAModule):
-            return cls._sharing(module, getattr(module, "_se_kinds", SE_KINDS))
-        return cls._sharing(module, _prove(module))
+        if type(module) not in (PSAModule, FusedPSAModule) or is_replacement(module, cls):
+            return cls._sharing(module, _prove(module))
+        fused = cls._sharing(module, getattr(module, "_kinds", SE_KINDS))
+        fused.merged_groups = getattr(module, "merged_groups", None)
+        return fused
 
     @classmethod
-    def _sharing(cls, module: nn.Module, se_kinds: tuple[type[nn.Module], ...]) -> FusedPSAModule:
+    def _sharing(cls, module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> FusedPSAModule:
         """Build a fused module on the layers of ``module``, which reads an SE of these kinds."""
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
         for name in (*CONVS, "se"):
             fused.add_module(name, getattr(module, name))
         fused.training = module.training
-        if se_kinds != SE_KINDS:
-            fused._se_kinds = se_kinds
+        if kinds != SE_KINDS:
+            fused._kinds = kinds
         return fused
 
     def convolve(self, x: Tensor) -> list[Tensor]:
@@ -118,11 +121,14 @@ class FusedPSAModule(PSAModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``psa_tail`` of the branches of ``x``.
 
-        Without ``reads_se()``, and in TorchScript, the SE is called, as in ``PSAModule``.
+        Without ``reads_se()``, the module that this one replaced runs. In TorchScript the SE is
+        called, as in ``PSAModule``.
         """
-        if not torch.jit.is_scripting():  # noqa: SIM102
+        if not torch.jit.is_scripting():
             if self.reads_se():
                 return psa_tail(self.convolve(x), *self._se_weights())
+            if is_replacement(self, FusedPSAModule):
+                return call_original(self, FusedPSAModule, x)
         branches = self.convolve(x)
         return recalibrate_and_concat(branches, [self.se(branch) for branch in branches])
 
@@ -136,13 +142,12 @@ class FusedPSAModule(PSAModule):
         return psa_tail_norm(self.convolve(x), *self._se_weights(), norm)
 
     def reads_se(self) -> bool:
-        """Return whether ``psa_tail`` computes what a call of the SE does.
+        """Return whether ``psa_tail`` computes what calls of the SE and the softmax do.
 
-        False if somebody relies on calls: if the SE or a layer in it has a hook, a forward of its
+        False if somebody relies on calls: if one of these modules has a hook, a forward of its
         own, another class than at first (an adapter, a parametrisation), or sharded weights.
         """
-        se: Any = self._modules["se"]  # faster than self.se
-        return are_unmodified((se, *se._modules.values()), self._se_kinds)
+        return reads_se(self, self._kinds)
 
     def _se_weights(self) -> SEWeights:
         se: Any = self._modules["se"]
@@ -151,7 +156,7 @@ class FusedPSAModule(PSAModule):
     def extra_repr(self) -> str:
         """Return the widths, and what runs the tail."""
         channels = self.conv_1.out_channels
-        tail = "psa_tail" if self.reads_se() else "plain, as the SE is modified"
+        tail = "psa_tail" if self.reads_se() else "plain, as the SE or the softmax is modified"
         hidden = getattr(self.se.fc1, "out_channels", "?")
         return f"branches=4, channels_per_branch={channels}, hidden={hidden}, tail={tail}"
 
@@ -171,7 +176,7 @@ def _weight_and_bias(fc: Any) -> tuple[Tensor, Tensor]:
 
 def _convolve(x: Tensor, conv: nn.Module, groups: int) -> Tensor:
     """Return ``conv(x)``, with ``groups`` groups unless somebody relies on a call of the layer."""
-    if is_unmodified(conv, nn.Conv2d):
+    if is_unmodified(conv, nn.Conv2d) and pads_evenly(conv):
         return merged_conv(x, conv, groups)  # type: ignore[arg-type]
     out: Tensor = conv(x)
     return out
@@ -185,23 +190,60 @@ def _lost_parts(module: nn.Module) -> list[str]:
         for name, child in module._modules.items()
         if name not in layers
         and child is not None
-        and (any(child.state_dict()) or has_hooks(child))
+        and (any(child.state_dict()) or has_hooks(*child.modules()))
     ]
     lost += [*module._parameters, *module._buffers]
-    if has_hooks(module) or module._state_dict_hooks or module._load_state_dict_pre_hooks:
+    hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+    if has_hooks(module) or any(vars(module)[n] for n in (*hooks, "_load_state_dict_post_hooks")):
         lost.append("the hooks")
-    if "forward" in vars(module):
-        lost.append("the forward that was replaced")
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        lost.append("the extra state")
+    for name in vars(module):
+        if callable(getattr(type(module), name, None)):
+            lost.append(f"the {name} that was replaced")
     return lost
 
 
-def kinds_of_se(module: nn.Module) -> tuple[type[nn.Module], ...]:
-    """Return the classes of the SE and its children; () if these have children of their own."""
-    se: Any = module.se
-    children = list(se._modules.values())
-    if any(child is None or child._modules for child in children):
+def _bypassed_modules(psa: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the modules of ``psa`` that a fused one doesn't call: the SE and what isn't a branch.
+
+    Of the SE also its children. Written for speed: each call of a fused module asks this.
+    """
+    modules: Any = psa._modules
+    se = modules["se"]
+    found = (se, *se._modules.values())
+    if len(modules) == 5:  # the branches and the SE
+        return found
+    layers = (*CONVS, "se")
+    return found + tuple(m for name, m in modules.items() if name not in layers and m is not None)
+
+
+def kinds_of_bypassed(psa: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Return the classes of the modules that are not called; () if more is inside of these."""
+    se, *others = _bypassed_modules(psa)
+    if any(m is None or m._modules for m in others):
         return ()
-    return tuple(map(type, (se, *children)))
+    return tuple(map(type, (se, *others)))
+
+
+def reads_se(psa: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Return whether the weights of ``psa``'s SE are all that the modules not called stand for.
+
+    Args:
+        psa: a module with the layers of a PSA module.
+        kinds: the classes of the modules that are not called.
+    """
+    if not are_unmodified(_bypassed_modules(psa), kinds):
+        return False
+    layers: Any = psa._modules["se"]._modules  # type: ignore[union-attr]
+    return is_pointwise(layers["fc1"]) and is_pointwise(layers["fc2"])
+
+
+def is_pointwise(layer: Any) -> bool:
+    """Return whether ``layer`` is a Linear, or maps the channels of each pixel by one matrix."""
+    if type(layer) is nn.Linear:
+        return True
+    return bool(layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0))
 
 
 def _prove(module: nn.Module) -> tuple[type[nn.Module], ...]:
@@ -213,7 +255,7 @@ def _prove(module: nn.Module) -> tuple[type[nn.Module], ...]:
     Raises:
         TypeError: if it computes something else.
     """
-    kinds = kinds_of_se(module)
+    kinds = kinds_of_bypassed(FusedPSAModule._sharing(module, SE_KINDS))
     layers = PSALayers(CONVS, (("se.fc1", "se.fc2"),))
     try:
         verdict = prove(

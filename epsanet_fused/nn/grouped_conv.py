@@ -78,18 +78,33 @@ def merge_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
 def merged_conv(x: Tensor, conv: nn.Conv2d, groups: int) -> Tensor:
     """Return ``conv(x)``, computed with ``groups`` groups; for training.
 
-    Autograd records the merge. Forward and backward run as the merged convolution, and the
-    weight's gradient has the shape of ``conv.weight``.
+    ``conv`` must be one that ``pads_evenly``. Autograd records the merge. Forward and backward run
+    as the merged convolution, and the weight's gradient has the shape of ``conv.weight``.
     """
     weight = merge_weight(conv.weight, conv.groups, groups)
     return F.conv2d(x, weight, conv.bias, conv.stride, numeric_padding(conv), conv.dilation, groups)
 
 
-def numeric_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+def is_plain_conv(module: Any) -> bool:
+    """Return whether ``module`` is exactly a Conv2d (no subclass) that ``pads_evenly``."""
+    return type(module) is nn.Conv2d and pads_evenly(module)
+
+
+def pads_evenly(conv: Any) -> bool:
+    """Return whether ``conv`` puts zeros around the image, as many on both sides of a dimension."""
+    if conv.padding_mode != "zeros":
+        return False
+    return conv.padding != "same" or all(n % 2 == 0 for n in _same_padding(conv))
+
+
+def numeric_padding(conv: Any) -> tuple[int, ...]:
     """Return the padding of ``conv`` in pixels per dimension, also if it is "same" or "valid"."""
     if not isinstance(conv.padding, str):
-        return conv.padding
-    if conv.padding == "valid":
-        return (0, 0)
-    pairs = zip(conv.dilation, conv.kernel_size, strict=True)
-    return tuple(d * (k - 1) // 2 for d, k in pairs)
+        padding: tuple[int, ...] = conv.padding
+        return padding
+    return (0, 0) if conv.padding == "valid" else tuple(n // 2 for n in _same_padding(conv))
+
+
+def _same_padding(conv: Any) -> list[int]:
+    """Return how many pixels per dimension padding="same" adds on both sides together."""
+    return [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]

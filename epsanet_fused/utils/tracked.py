@@ -105,4 +105,6 @@ def state_of(tensor: Tensor | None) -> Any:
         return object()  # nobody would notice a use of its data
     if any(ref() is not None for ref in tensor.aliases):
         return object()  # it may be written to at any time
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_uses
+    if tensor.is_inference():
+        return object()  # it counts no writes
+    return tensor._version, tensor.data_uses

@@ -134,7 +134,7 @@ def test_planned_conv_is_conv_norm_residual_relu(
         with torch.no_grad():
             expected = bn(conv(x)) + (0 if residual == "none" else other)
             before = other.clone()
-            out = module(
+            out = module.run(
                 x, None if residual == "none" else other, relu, overwrite=residual == "overwritten"
             )
         torch.testing.assert_close(out, expected.relu() if relu else expected, rtol=1e-4, atol=1e-5)
@@ -156,7 +156,7 @@ def test_any_geometry_can_be_tiled(tile, merged, stride, padding, size, memory_f
     conv = nn.Conv2d(8, 12, (7, 5), stride, padding, groups=4)
     x = torch.randn(2, 8, *size)
     with torch.no_grad():
-        out = planned(conv, None, (merged, tile), memory_format)(x)
+        out = planned(conv, None, (merged, tile), memory_format).run(x)
         torch.testing.assert_close(out, conv(x), rtol=1e-4, atol=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_tall_tiles_are_right_in_16_bits(dtype, tile, width, kernel, merge, stri
     x = torch.randn(2, 4 * width, *size, dtype=dtype)
     with torch.no_grad():
         expected = copy.deepcopy(conv).double()(x.double())
-        out = planned(conv, None, (max(groups // merge, 1), tile), torch.channels_last)(x)
+        out = planned(conv, None, (max(groups // merge, 1), tile), torch.channels_last).run(x)
     tolerance = 4 * torch.finfo(dtype).eps
     assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -201,7 +201,7 @@ def test_can_compute_in_another_memory_format_than_it_returns():
     for inside, outside in itertools.permutations(MEMORY_FORMATS):
         module = PlannedConv(conv, bn, plan=ConvPlan(4, (1, 1), inside), memory_format=outside)
         with torch.no_grad():
-            out = module(x)
+            out = module.run(x)
             torch.testing.assert_close(out, bn(conv(x)), rtol=1e-4, atol=1e-5)
         assert out.is_contiguous(memory_format=outside)
 
@@ -214,7 +214,7 @@ def test_other_sizes_than_in_the_first_call(run, memory_format):
     with torch.no_grad():
         for shape in [(1, 64, 14, 14), (5, 64, 7, 30), (0, 64, 9, 9), (2, 64, 1, 1)]:
             x = torch.randn(shape)
-            torch.testing.assert_close(module(x), bn(conv(x)), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(module.run(x), bn(conv(x)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=str)
@@ -228,7 +228,7 @@ def test_follows_its_parameters(run, memory_format):
     def agrees(dtype: torch.dtype = torch.float32) -> None:
         x = torch.randn(2, 64, 8, 8, dtype=dtype)
         expected = bn(F.conv2d(x, module.weight, module.bias, padding=3, groups=8))
-        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module.run(x), expected, rtol=1e-4, atol=1e-5)
 
     def changed(factor: float) -> dict[str, Tensor]:
         state = owner.state_dict().items()
@@ -260,7 +260,7 @@ def test_has_the_parameter_names_of_the_convolution():
     conv, bn = conv_and_norm(64, 16, 7, 8)
     module = planned(conv, bn, (4, (1, 1)), torch.channels_last)
     with torch.no_grad():
-        module(torch.randn(1, 64, 8, 8))
+        module.run(torch.randn(1, 64, 8, 8))
     assert list(module.state_dict()) == list(conv.state_dict()) == ["weight", "bias"]
     assert all(a is b for a, b in zip(module.parameters(), conv.parameters(), strict=True))
 
@@ -274,13 +274,13 @@ def test_copies_follow_their_own_parameters(copied, memory_format):
     x = torch.randn(2, 64, 8, 8)
     owner = nn.ModuleList([planned(conv, bn, (4, (1, 1)), memory_format), bn])
     with torch.no_grad():
-        out = owner[0](x)
+        out = owner[0].run(x)
         copy_ = copied(owner)
-        assert torch.equal(copy_[0](x), out)
+        assert torch.equal(copy_[0].run(x), out)
         conv.weight.zero_()
-        assert torch.equal(copy_[0](x), out)
+        assert torch.equal(copy_[0].run(x), out)
         copy_[1].running_var.mul_(2)
-        assert not torch.equal(copy_[0](x), out)
+        assert not torch.equal(copy_[0].run(x), out)
         assert copy_[0].norm is copy_[1]
 
 
@@ -292,7 +292,7 @@ def test_sixteen_bit_is_folded_in_float32():
         plain = bn(conv(x))
         expected = copy.deepcopy(bn).double()(copy.deepcopy(conv).double()(x.double()))
         for run in [(16, (1, 1)), (8, (1, 1)), (2, (1, 1))]:
-            out = planned(conv, bn, run, torch.channels_last)(x)
+            out = planned(conv, bn, run, torch.channels_last).run(x)
             assert out.dtype == torch.bfloat16
             assert (out.double() - expected).norm() <= 2 * (plain.double() - expected).norm()
 
@@ -314,7 +314,7 @@ def test_runs_one_by_one_what_cudnn_has_no_engine_for(residual, monkeypatch):
     with torch.no_grad():
         module = PlannedConv(conv)
         for _ in range(2):
-            out = module(x, other, relu=True)
+            out = module.run(x, other, relu=True)
             torch.testing.assert_close(out, torch.relu(conv(x) + (other if residual else 0)))
     assert len(calls) == 1, "cuDNN is not called a second time"
 
@@ -323,7 +323,7 @@ def test_wrong_arguments_are_not_taken_for_a_missing_engine(monkeypatch):
     monkeypatch.setattr(SELECT_RUNNER, lambda *_: run_cudnn)
     module = PlannedConv(nn.Conv2d(3, 3, 3))
     with torch.no_grad(), pytest.raises(RuntimeError, match="expected"):
-        module(torch.randn(2, 4, 8, 8), relu=True)
+        module.run(torch.randn(2, 4, 8, 8), relu=True)
     assert module.fused_calls
 
 
@@ -334,4 +334,4 @@ def test_running_out_of_memory_is_not_taken_for_a_missing_engine(monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_relu", full)
     monkeypatch.setattr(SELECT_RUNNER, lambda *_: run_cudnn)
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
-        PlannedConv(nn.Conv2d(3, 3, 3))(torch.randn(2, 3, 8, 8), relu=True)
+        PlannedConv(nn.Conv2d(3, 3, 3)).run(torch.randn(2, 3, 8, 8), relu=True)
