@@ -44,7 +44,9 @@ def forward(
         out = torch.cat([x * w for x, w in zip(branches[::-1], weights[::-1], strict=True)], 1)
         if scale is not None or shift is not None or relu:
             out = _epilogue(out.to(acc), scale, shift, relu).to(dtype)
-    return out.contiguous(memory_format=output_memory_format(branches)), squeeze, attention
+    if not torch._C._are_functorch_transforms_active():  # vmap doesn't know memory formats
+        out = out.contiguous(memory_format=output_memory_format(branches))
+    return out, squeeze, attention
 
 
 def _attention(squeeze: Tensor, fc: SEWeights) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
-from epsanet_fused.inference.conv import CachedWeights, PlannedConv
+from epsanet_fused.inference.conv import CachedWeights, PlannedConv, refuse_gradients
 from epsanet_fused.inference.conv_weights import norm_scale_shift
 from epsanet_fused.nn.fused_psa import CONVS, is_psa, kinds_of_bypassed, reads_se, se_weights
 from epsanet_fused.nn.grouped_conv import ConvPlan, is_plain_conv
@@ -103,12 +103,12 @@ class PlannedPSA(CachedWeights):
     def forward(self, x: Tensor) -> Tensor:
         """Return the PSA module's output; where somebody relies on calls, the original's code."""
         if reads_se(self, self._read_kinds):
-            return psa_tail(self._convolve(x), *self._se_weights())
+            return psa_tail(self._convolve(x), *self._se_weights(x))
         return call_original(self, PlannedPSA, x)
 
     def run(self, x: Tensor, relu: bool = False) -> Tensor:
         """Return relu(norm(psa(x))); without the ReLU unless ``relu``."""
-        branches, fc = self._convolve(x), self._se_weights()
+        branches, fc = self._convolve(x), self._se_weights(x)
         if self.epilogue:
             compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
             scale, shift = self.compute_weights() if compiling else self.cached_weights()
@@ -121,8 +121,10 @@ class PlannedPSA(CachedWeights):
     def _convolve(self, x: Tensor) -> list[Tensor]:
         return [self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
 
-    def _se_weights(self) -> SEWeights:
-        return se_weights(self.se.fc1, self.se.fc2)
+    def _se_weights(self, x: Tensor) -> SEWeights:
+        fc = se_weights(self.se.fc1, self.se.fc2)
+        refuse_gradients(x, (*fc, *self.own_parameters()) if torch.is_grad_enabled() else ())
+        return fc
 
 
 class PlannedBlock(nn.Module):

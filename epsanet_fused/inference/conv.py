@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from epsanet_fused.nn.grouped_conv import (
     numeric_padding,
     pads_evenly,
 )
+from epsanet_fused.ops.derivatives import has_tangent
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.memory_format import (
     MEMORY_FORMATS,
@@ -35,6 +36,17 @@ from epsanet_fused.utils.memory_format import (
 )
 from epsanet_fused.utils.replacing import take_state
 from epsanet_fused.utils.tracked import state_of, track, untrack_all
+
+
+class _Cached(NamedTuple):
+    """What was computed from tensors, and these tensors and their states at that time.
+
+    The tensors, not their ids: Python may give the id of a freed tensor to another one.
+    """
+
+    weights: Any
+    sources: list[Tensor | None]
+    states: list[Any]
 
 
 class CachedWeights(nn.Module):
@@ -51,9 +63,7 @@ class CachedWeights(nn.Module):
     """
 
     _norms: tuple[nn.Module, ...]
-    _cache: Any
-    _sources: list[Tensor | None]
-    _states: list[Any] | None
+    _cached: _Cached | None
 
     def __init__(self, origin: nn.Module, norm: nn.Module | None) -> None:
         take_state(self, origin, type(self))
@@ -82,38 +92,55 @@ class CachedWeights(nn.Module):
 
     def cached_weights(self) -> Any:
         """Return the result of ``compute_weights`` for the parameters as they are now."""
+        return self._current().weights
+
+    def _current(self) -> _Cached:
         sources: list[Tensor | None] = [*self._parameters.values()]
         for norm in self._norms:
             sources += (*norm._parameters.values(), *norm._buffers.values())
         settings = self.settings()
         states = [*settings, *map(state_of, sources)]
-        if states != self._states or not all(map(operator.is_, sources, self._sources)):
+        cached = self._cached  # one read: another thread may put a new one there
+        if (
+            cached is None
+            or states != cached.states
+            or not all(map(operator.is_, sources, cached.sources))
+        ):
             for t in sources:
                 track(t)
             states = [*settings, *map(state_of, sources)]
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = self.compute_weights()
-            self._sources, self._states = sources, states
-        return self._cache
+                cached = _Cached(self.compute_weights(), sources, states)
+            self._cached = cached
+        return cached
+
+    def own_parameters(self) -> Iterator[Tensor | None]:
+        """Yield the parameters of this module and of its norm."""
+        for module in (self, *self._norms):
+            yield from module._parameters.values()
 
     def _clear_cache(self) -> None:
-        # Keep the tensors, not their ids: Python may give the id of a freed tensor to another one.
-        self._cache, self._sources, self._states = None, [], None
+        self._cached = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._clear_cache()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None, "_sources": [], "_states": None}
+        return self.__dict__ | {"_cached": None}
 
 
-def refuse_gradients(module: nn.Module, x: Tensor) -> None:
-    """Raise a RuntimeError if a gradient of ``x`` or of the module's own parameters is due."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or any(p is not None and p.requires_grad for p in module._parameters.values())
-    ):
+def refuse_gradients(x: Tensor, parameters: Iterable[Tensor | None] = ()) -> None:
+    """Raise a RuntimeError if a gradient of ``x`` or of a parameter is due, or a tangent of ``x``.
+
+    Args:
+        x: the input.
+        parameters: they are read only where gradients are enabled.
+    """
+    is_due = torch.is_grad_enabled() and (
+        x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+    )
+    if is_due or has_tangent((x,)):
         raise RuntimeError(
             "a model from optimize_for_inference has no gradients; call it under torch.no_grad(), "
             "or differentiate the model that it was made from"
@@ -209,7 +236,7 @@ class PlannedConv(CachedWeights):
         """
         if self.reads_layers():
             return self.run(x)
-        refuse_gradients(self, x)
+        refuse_gradients(x, self.own_parameters())
         out: Tensor = nn.Conv2d._conv_forward(self, x, self.weight, self.bias)  # type: ignore[arg-type]
         return out
 
@@ -233,7 +260,7 @@ class PlannedConv(CachedWeights):
         """
         if torch.compiler.is_compiling():
             untrack_all()
-        refuse_gradients(self, x)
+        refuse_gradients(x, self.own_parameters())
         x = x.contiguous(memory_format=self.plan.memory_format)
         if self.fold or not self._norms:
             out = self._convolve(x, residual, relu, overwrite)
@@ -270,15 +297,20 @@ class PlannedConv(CachedWeights):
         if torch.compiler.is_compiling() or x.numel() == 0:
             # Compilers see computations on parameters, which freezing evaluates once.
             return self.compute_weights(), run_plain
-        call = self.cached_weights()
-        if not self.fused_calls or x.dtype != self.weight.dtype:  # autocast casts for PyTorch's own
+        if x.dtype != self.weight.dtype:  # autocast casts for PyTorch's own
+            return self.compute_weights(), run_plain
+        cached = self._current()
+        call: ConvCall = cached.weights
+        if not self.fused_calls:
             return call, run_plain
         run = select_runner(x.device.type, x.dtype)
         # With a packed weight the output is always channels_last.
         packs = run is run_onednn and self.plan.memory_format == torch.channels_last
         if packs and not call.weight.is_mkldnn:
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = call = _pack(call, x)
+                call = _pack(call, x)
+            if self._cached is cached:  # else another thread has found newer parameters
+                self._cached = cached._replace(weights=call)
         return call, run
 
     def _convolve_tiled(self, call: ConvCall, run: Runner, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epsanet_fused.inference.conv import refuse_gradients
+from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.tracked import state_of, track
 
 
@@ -21,6 +22,8 @@ class _Capture(NamedTuple):
 
 class GraphedModel(nn.Module):
     """A model that runs as a CUDA graph for inputs like the example's, and plainly for others.
+
+    With hooks on it or in it, it runs plainly too.
 
     The graph is captured at the first call, and again after a parameter or buffer was written to,
     loaded or moved. It is neither copied nor pickled. The state_dict is that of ``model``.
@@ -35,6 +38,7 @@ class GraphedModel(nn.Module):
 
     _capture: _Capture | None
     _tensors: list[Tensor]  # the parameters and buffers
+    _modules_inside: tuple[nn.Module, ...]  # a tuple, which nn.Module doesn't register
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         super().__init__()
@@ -52,11 +56,12 @@ class GraphedModel(nn.Module):
             ValueError: if the model doesn't return one tensor.
             RuntimeError: if a gradient is due.
         """
-        if tuple(_signature(t) for t in args) != self._signatures:
+        same = tuple(_signature(t) for t in args) == self._signatures
+        if not same or has_hooks(*self._modules_inside):  # hooks run in Python
             plain: Tensor = self.model(*args)
             return plain
         for arg in args:
-            refuse_gradients(self, arg)
+            refuse_gradients(arg)
         states = [state_of(t) for t in self._tensors]
         capture = self._capture
         if capture is None or capture.states != states:
@@ -111,6 +116,7 @@ class GraphedModel(nn.Module):
     def _clear_capture(self) -> None:
         self._capture = None
         self._tensors = [*self.model.parameters(), *self.model.buffers()]
+        self._modules_inside = tuple(self.model.modules())
         for t in self._tensors:
             track(t)
 

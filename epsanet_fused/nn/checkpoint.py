@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _MAX_PROBLEMS = 6  # so many misfits an error message names
+_MAX_WRAPPERS = 4  # one in the other
 # Where training scripts store the state_dict; the first one that is there counts. The last three
 # are averages of the weights (EMA), as timm's scripts and others name them.
 _STATE_DICT_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
@@ -36,9 +38,12 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
             names them, and ``model`` is not changed.
     """
     state, rest = read_checkpoint(path)
+    own = model.state_dict()
     # First, because load_state_dict copies the tensors that fit before it raises an error.
-    check_fit(model.state_dict(), state, path)
-    model.load_state_dict(state)
+    check_fit(unwrapped(own), state, path)
+    keys = short_keys(own)
+    given = {key: state[short] for key, short in keys.items() if short in state}
+    model.load_state_dict({k: v for k, v in own.items() if k not in keys} | given)
     return rest
 
 
@@ -52,12 +57,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     Raises:
         ValueError: if the file holds no state_dict.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # The namespace is that of argparse, in which timm's scripts store their options.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"load_checkpoint: {os.fspath(path)} must hold a dict, got {type(checkpoint).__name__}"
         )
-    key = next((k for k in _STATE_DICT_KEYS if checkpoint.get(k) is not None), None)
+    present = [k for k in _STATE_DICT_KEYS if checkpoint.get(k) is not None]
+    fitting = [k for k in present if _is_state_dict(checkpoint[k])]
+    key = next(iter(fitting or present), None)
     rest = {} if key is None else {k: v for k, v in checkpoint.items() if k != key}
     state = checkpoint if key is None else checkpoint[key]
     if not _is_state_dict(state):
@@ -65,20 +74,28 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             f"load_checkpoint: {os.fspath(path)} must hold a state_dict, alone or under the key "
             f"'state_dict'; found the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    return _unwrapped(state), rest
+    return unwrapped(state), rest
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the state_dict of the model inside of wrappers."""
-    # DistributedDataParallel and AveragedModel put "module." before all keys; torch.compile puts
-    # "_orig_mod." where the compiled module is. AveragedModel also counts.
-    averaged = {k: v for k, v in state.items() if k != "n_averaged"}
-    keys = {k: k.replace("_orig_mod.", "") for k in averaged}
-    while keys and all(k.startswith("module.") for k in keys.values()):
-        keys = {k: short.removeprefix("module.") for k, short in keys.items()}
-    if len(set(keys.values())) < len(state.keys() - {"n_averaged"}):  # two would become one
-        return state
-    return {keys[k]: v for k, v in averaged.items()}
+    return {short: state[key] for key, short in short_keys(state).items()}
+
+
+def short_keys(state: dict[str, Tensor]) -> dict[str, str]:
+    """Return for each key of a state_dict the one that the model inside of wrappers has.
+
+    DistributedDataParallel and AveragedModel put "module." before all keys, averages of weights
+    "ema_model."; torch.compile puts "_orig_mod." where the compiled module is. AveragedModel has a
+    counter, too, which is left out.
+    """
+    whole = {k: k for k in state}
+    keys = {k: k.replace("_orig_mod.", "") for k in state if k.split(".")[-1] != "n_averaged"}
+    for _ in range(_MAX_WRAPPERS):
+        for prefix in ("module.", "ema_model."):
+            if keys and all(k.startswith(prefix) for k in keys.values()):
+                keys = {k: short.removeprefix(prefix) for k, short in keys.items()}
+    return keys if len(set(keys.values())) == len(keys) else whole  # two must not become one
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -99,7 +116,9 @@ def check_fit(
         given: the checkpoint's state_dict.
         path: the checkpoint's file, for the message.
     """
-    problems = [f"missing {k}" for k in own if k not in given]
+    # Norms of old versions of PyTorch have no counter; load_state_dict starts it at 0.
+    missing = [k for k in own if k not in given and not k.endswith(".num_batches_tracked")]
+    problems = [f"missing {k}" for k in missing]
     problems += [f"unexpected {k}" for k in given if k not in own]
     problems += [
         f"{k} is {tuple(given[k].shape)}, the model's {tuple(own[k].shape)}"

@@ -60,6 +60,7 @@ class FusedPSAModule(PSAModule):
 
     merged_groups: tuple[int, ...] | None = None
     _kinds: tuple[type[nn.Module], ...] = SE_KINDS  # the classes of the modules not called
+    __jit_ignored_attributes__ = ("merged_groups", "_kinds", "_originals")
 
     @classmethod
     def from_reference(cls, module: nn.Module) -> FusedPSAModule:
@@ -176,7 +177,8 @@ def _weight_and_bias(fc: Any) -> tuple[Tensor, Tensor]:
 
 def _convolve(x: Tensor, conv: nn.Module, groups: int) -> Tensor:
     """Return ``conv(x)``, with ``groups`` groups unless somebody relies on a call of the layer."""
-    if is_unmodified(conv, nn.Conv2d) and pads_evenly(conv):
+    is_traced = isinstance(x, torch.fx.Proxy)  # a graph has the layers, not what runs them
+    if not is_traced and is_unmodified(conv, nn.Conv2d) and pads_evenly(conv):
         return merged_conv(x, conv, groups)  # type: ignore[arg-type]
     out: Tensor = conv(x)
     return out

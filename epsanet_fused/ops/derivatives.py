@@ -15,8 +15,11 @@ from torch.autograd import forward_ad
 
 def needs_plain_formula(*groups: Sequence[Tensor | None]) -> bool:
     """Tell whether a transform of torch.func is on, or a tensor here has a forward-mode tangent."""
-    if torch._C._are_functorch_transforms_active():
-        return True
+    return torch._C._are_functorch_transforms_active() or has_tangent(*groups)
+
+
+def has_tangent(*groups: Sequence[Tensor | None]) -> bool:
+    """Tell whether a tensor here has a forward-mode tangent."""
     return forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None
         for group in groups
@@ -33,7 +36,7 @@ def is_more_than_one_backward(grad: Tensor) -> bool:
 
 
 def differentiate_plainly(
-    formula: Callable[[], Tensor],
+    formula: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
     wanted: Sequence[bool],
     grad: Tensor,
@@ -41,8 +44,8 @@ def differentiate_plainly(
     """Return the gradients of the plain formula, with a graph if gradients are enabled.
 
     Args:
-        formula: computes the output from ``inputs``.
-        inputs: tensors, or None for what was not given.
+        formula: computes the output from such inputs.
+        inputs: tensors, or None for what was not given. One may depend on another.
         wanted: for each input, whether its gradient is wanted.
         grad: the gradient of the output.
 
@@ -51,7 +54,10 @@ def differentiate_plainly(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        out = formula()
+        # Aliases, so that the gradient goes through the formula alone: of two inputs, one may be
+        # computed from the other, or both may be one tensor.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        out = formula(*inputs)
     asked = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
     found = iter(
         torch.autograd.grad(out, asked, grad, create_graph=create_graph, materialize_grads=True)

@@ -126,7 +126,7 @@ def _try_inference(
     """
     if not isinstance(branches, (list, tuple)) or not isinstance(relu, bool):
         return None
-    if needs_plain_formula(branches, fc):
+    if needs_plain_formula(branches, fc, (scale, shift)):
         return None
     if torch.is_grad_enabled():
         epilogue = [v for v in (scale, shift) if v is not None]
@@ -210,7 +210,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_grad_saved: None) -> tuple[Any, .
     if is_more_than_one_backward(grad):
         plain = get_backend("reference").forward
         found = differentiate_plainly(
-            lambda: plain(branches, SEWeights(*fc), None, None, False)[0],
+            lambda *given: plain(given[:-4], SEWeights(*given[-4:]), None, None, False)[0],
             (*branches, *fc),
             (*wants_branches, *wants_fc),
             grad,

@@ -34,6 +34,7 @@ from epsanet_fused.ops.derivatives import (
     needs_plain_formula,
 )
 from epsanet_fused.ops.psa_tail import as_matrices, psa_tail, reverse
+from epsanet_fused.utils.memory_format import accumulator_dtype
 
 _LIBRARY = torch.library.Library("epsanet_fused", "FRAGMENT")
 _LIBRARY.define(
@@ -216,14 +217,18 @@ def _autograd(ctx: Any, grad: Tensor | None, *_grad_stats: None) -> tuple[Any, .
         return no_branches, *[None] * 8
     wants_branches, *wants = ctx.needs_input_grad[:7]
     if is_more_than_one_backward(grad):
-        fc = SEWeights(*stats_and_fc[5:])
         plain = get_backend("reference").forward
 
-        def formula() -> Tensor:
+        def formula(*given: Any) -> Tensor:
+            *branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, beta = given
+            fc = SEWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
             tail = plain(branches, fc, None, None, False)[0]
-            return F.relu(F.batch_norm(tail, None, None, gamma, beta, True, 0.0, ctx.eps))
+            acc = accumulator_dtype(tail.dtype)  # batch_norm takes tensors of one dtype
+            gamma, beta = (None if p is None else p.to(acc) for p in (gamma, beta))
+            out = F.batch_norm(tail.to(acc), None, None, gamma, beta, True, 0.0, ctx.eps)
+            return F.relu(out).to(tail.dtype)
 
-        inputs = (*branches, *fc, gamma, beta)
+        inputs = (*branches, *stats_and_fc[5:], gamma, beta)
         found = differentiate_plainly(formula, inputs, (*wants_branches, *wants), grad)
         return found[: len(branches)], *found[len(branches) :], None, None
     asked = (any(wants_branches), any(wants[:4]), any(wants[4:]))
