@@ -46,16 +46,16 @@ def find_layers(module: nn.Module) -> PSALayers | None:
     Raises:
         UnfusableError: if it looks like one, but has other layers too or an SE that does not fit.
     """
-    if _is_plain_container(module):
+    if is_plain_container(module):
         return None
     convs, ses, others, in_lists = _classify_children(module)
-    if not ses:
-        _name_what_is_no_se(convs, in_lists)
     widths = {se.channels for se in ses.values()}
     branches = {name: c for name, c in convs.items() if c[-1].out_channels in widths}
     if not _look_like_branches(branches, in_lists):
         return None
     others += [name for name in convs if name not in branches]
+    if others and len({c[0].in_channels for c in branches.values()}) > 1:
+        return None  # they are no branches: they take inputs of different widths
     if others or module._parameters:
         extra = ", ".join([*others, *module._parameters])
         raise UnfusableError(f"it has more than the parts of a PSA module: {extra}")
@@ -66,7 +66,7 @@ def find_layers(module: nn.Module) -> PSALayers | None:
     return PSALayers(tuple(branches), tuple(ses))
 
 
-def _is_plain_container(module: nn.Module) -> bool:
+def is_plain_container(module: nn.Module) -> bool:
     """Whether ``module`` calls its children one after another, or not at all."""
     forward = type(module).forward
     return isinstance(module, _CONTAINERS) and forward in (nn.Sequential.forward, nn.Module.forward)
@@ -77,18 +77,6 @@ def _look_like_branches(branches: Mapping[str, list[nn.Conv2d]], in_lists: set[s
     if len(branches) < 2:
         return False
     return len(kinds) > 1 or len(branches) > 2 or branches.keys() <= in_lists
-
-
-def _name_what_is_no_se(convs: Mapping[str, list[nn.Conv2d]], in_lists: set[str]) -> None:
-    """Raise an UnfusableError if one child would be the SE of the others but for its layers."""
-    for name, layers in convs.items():
-        width = layers[-1].out_channels
-        is_pointwise = all(layer_widths(layer) for layer in layers)
-        if len(layers) < 3 or layers[0].in_channels != width or not is_pointwise:
-            continue
-        others = {n: c for n, c in convs.items() if n != name and c[-1].out_channels == width}
-        if _look_like_branches(others, in_lists):
-            raise UnfusableError(f"{name} is no SE of two layers, but has {len(layers)}")
 
 
 def name_lookalike(module: nn.Module) -> str | None:
@@ -107,7 +95,7 @@ def name_lookalike(module: nn.Module) -> str | None:
 
 def _classify_children(module: nn.Module) -> _Children:
     found = _Children({}, {}, [], set())
-    for name, child in _iter_children(module):
+    for name, child in iter_children(module):
         layers = parameter_layers(child)
         if not layers:
             continue
@@ -123,7 +111,7 @@ def _classify_children(module: nn.Module) -> _Children:
     return found
 
 
-def _iter_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def iter_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the names and children of ``module``, and the members of its lists and dicts."""
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.fx
@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from epsanet_fused.fusion.detect import find_layers, layer_widths, name_lookalike
 from epsanet_fused.fusion.modules import FusedPSAVariant, PSASpec
 from epsanet_fused.fusion.verify import verify_module
+from epsanet_fused.fusion.watch import has_gated_branches
 from epsanet_fused.nn.fused_psa import CONVS, FusedPSAModule, is_psa, kinds_of_bypassed
 from epsanet_fused.nn.psa_layers import (
     PSALayers,
@@ -28,6 +29,11 @@ from epsanet_fused.utils.replacing import replace_class
 
 ORDERS = ("reversed", "natural")
 FUSED_CLASSES = (FusedPSAModule, FusedPSAVariant)
+
+GATED_BRANCHES = (
+    "it has several branches and a softmax or SE over them, but not the layers of a PSA module: "
+    "an SE of two pointwise layers as wide as each branch"
+)
 
 # If a class overrides one of these, a fused module would behave differently.
 _MODULE_METHODS = (
@@ -105,6 +111,7 @@ class Finding(NamedTuple):
         replacement: the fused module; None if the module is skipped or not examined yet.
         skip_reason: the reason why the module is skipped, or "".
         looks_like_one: False for a module that is only named, so that nobody looks for it.
+        is_gated: what ``has_gated_branches`` returned.
     """
 
     module: nn.Module
@@ -113,6 +120,7 @@ class Finding(NamedTuple):
     replacement: nn.Module | None = None
     skip_reason: str = ""
     looks_like_one: bool = True
+    is_gated: bool | None = True
 
 
 def _detect(model: nn.Module) -> list[Finding]:
@@ -120,24 +128,40 @@ def _detect(model: nn.Module) -> list[Finding]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    findings = []
-    for module in names:
+    found: dict[nn.Module, Finding] = {}
+    for module in reversed(names):  # a module comes after those that it is a part of
         if isinstance(module, FUSED_CLASSES):
             continue
         try:
             layers = find_layers(module)
         except UnfusableError as error:
-            findings.append(Finding(module, names[module], None, skip_reason=str(error)))
-        else:
-            if layers is not None:
-                findings.append(Finding(module, names[module], layers))
-            elif reason := name_lookalike(module):
-                findings.append(Finding(module, names[module], None, None, reason, False))
-    return findings
+            if has_gated_branches(module, try_sizes=True) is not False:
+                found[module] = Finding(module, names[module], None, skip_reason=str(error))
+            continue
+        if layers is not None:
+            is_gated = has_gated_branches(module)
+            found[module] = Finding(module, names[module], layers, is_gated=is_gated)
+        elif reason := name_lookalike(module) or _name_gated_branches(module, found):
+            found[module] = Finding(module, names[module], None, None, reason, False)
+    return [found[module] for module in names if module in found]
+
+
+def _name_gated_branches(module: nn.Module, found: Mapping[nn.Module, Finding]) -> str | None:
+    """Return what ``module`` is, if it gates several branches and no part of it is found or fused.
+
+    The gates of a part would count as gates of ``module``.
+    """
+    for part in module.modules():
+        if isinstance(part, FUSED_CLASSES) or (part in found and found[part].is_gated is not False):
+            return None
+    return GATED_BRANCHES if has_gated_branches(module) else None
 
 
 def _examine(findings: Sequence[Finding], is_reversed: bool) -> list[Finding]:
-    """Return the findings with a verified replacement or a reason to skip each."""
+    """Return the findings with a verified replacement or a reason to skip each.
+
+    What has neither a replacement nor a gate over its branches is an ordinary block, and left out.
+    """
     items = progress(findings, "module", lambda f: f"examine {f.names[0] or 'the model'}")
     examined = []
     for _, finding in items:
@@ -148,7 +172,7 @@ def _examine(findings: Sequence[Finding], is_reversed: bool) -> list[Finding]:
             except UnfusableError as error:
                 finding = finding._replace(skip_reason=str(error))
         examined.append(finding)
-    return examined
+    return [f for f in examined if f.replacement is not None or f.is_gated is not False]
 
 
 def _make_replacement(module: nn.Module, layers: PSALayers, is_reversed: bool) -> nn.Module:
@@ -202,9 +226,10 @@ def _check_class_and_hooks(module: nn.Module, layers: PSALayers) -> None:
 
 
 def _warn_of_skipped(findings: Sequence[Finding]) -> None:
-    for module, names, _, _, reason, _ in findings:
-        for name in names if reason else ():
-            text = f"fuse: {name or 'the model'} ({type(module).__name__}) is skipped: {reason}"
+    for finding in findings:
+        kind, reason = type(finding.module).__name__, finding.skip_reason
+        for name in finding.names if reason else ():
+            text = f"fuse: {name or 'the model'} ({kind}) is skipped: {reason}"
             warnings.warn(text, UserWarning, stacklevel=3)
 
 

@@ -19,6 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from epsanet_fused.backends.registry import use_backend
+from epsanet_fused.nn.effects import (
+    changed_attribute,
+    random_states,
+    take_snapshot,
+    unchanged_random_states,
+)
 from epsanet_fused.nn.psa_layers import (
     PSALayers,
     UnfusableError,
@@ -128,7 +134,12 @@ def prove(
     Raises:
         UnfusableError: if the module has effects that no replacement has.
     """
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), use_backend("reference"):
+    with (
+        torch.random.fork_rng(devices=[]),
+        unchanged_random_states(),
+        torch.inference_mode(False),
+        use_backend("reference"),
+    ):
         return _try_all(copy_in_float64(module), layers, split_input, candidates, build)
 
 
@@ -215,28 +226,16 @@ def _smallest_side(conv: nn.Conv2d) -> int:
 def _run_original(module: nn.Module, layers: PSALayers, x: Tensor, trial: Trial) -> CallResult:
     """Run the module; raise an UnfusableError if it has effects that a fused module lacks."""
     module.train(trial.training)  # before the snapshot, because it sets an attribute
-    before = _snapshot(module, layers)
-    rng_state = torch.get_rng_state()
+    parts = bypassed_modules(module, layers)
+    before = take_snapshot(parts)
+    states = random_states()
     result = _run(module, x, trial)
-    if not torch.equal(torch.get_rng_state(), rng_state):
+    if random_states() != states:
         raise UnfusableError("it draws random numbers")
-    after = _snapshot(module, layers)
-    for name in before | after:
-        if before.get(name) != after.get(name):
-            raise UnfusableError(f"it keeps something from call to call: {name}")
+    changed = changed_attribute(before, take_snapshot(parts))
+    if changed is not None:
+        raise UnfusableError(f"it keeps something from call to call: {changed}")
     return result
-
-
-def _snapshot(module: nn.Module, layers: PSALayers) -> dict[str, tuple[int, int | None]]:
-    """Return identity and length of all attributes of the modules that a fused one bypasses."""
-    return {
-        f"{name}.{attribute}".lstrip("."): (
-            id(value),
-            len(value) if isinstance(value, (list, dict, set)) else None,
-        )
-        for name, part in bypassed_modules(module, layers).items()
-        for attribute, value in vars(part).items()
-    }
 
 
 def _agrees(

@@ -149,7 +149,7 @@ class WithAdapter(ef.SEWeightModule):
 
 def test_an_se_with_more_layers_is_named() -> None:
     model = OfBranches([nn.Conv2d(64, 16, k, padding=k // 2) for k in (3, 5)], WithAdapter())
-    assert_skipped(model, "se is no SE of two layers, but has 3")
+    assert_skipped(model, "an SE of two pointwise layers as wide as each branch")
 
 
 class InAList(nn.Module):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +68,18 @@ class BranchWithFlag(OfficialPSA):
 
     def convolve(self, x: Tensor) -> list[Tensor]:
         return [self.conv_1(x, True), self.conv_2(x), self.conv_3(x), self.conv_4(x)]
+
+
+def keeping(kept: Any, update: Callable[[Any, Tensor], object]) -> nn.Module:
+    """A module that updates what it keeps, but never replaces it."""
+
+    def forward(psa: nn.Module, x: Tensor) -> Tensor:
+        update(psa.kept, x.detach())
+        return psa.inner(x)
+
+    psa = official_with_forward(forward)
+    psa.kept = kept
+    return psa
 
 
 def counting() -> nn.Module:
@@ -125,6 +141,34 @@ SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: official_with_forward(lambda psa, x: x if torch.rand(()) < 1e-3 else psa.inner(x)),
         "random",
     ),
+    "rare skip by Python's generator": (
+        lambda: official_with_forward(lambda psa, x: x if random.random() < 1e-3 else psa.inner(x)),
+        "random",
+    ),
+    "rare skip by NumPy's generator": (
+        lambda: official_with_forward(
+            lambda psa, x: x if np.random.rand() < 1e-3 else psa.inner(x)
+        ),
+        "random",
+    ),
+    "mean that is updated in place": (
+        lambda: keeping(torch.zeros(64), lambda kept, x: kept.add_(x.mean((0, 2, 3)))),
+        "call to call: kept",
+    ),
+    "counter in an object": (
+        lambda: keeping(
+            SimpleNamespace(n=0.5), lambda kept, x: setattr(kept, "n", kept.n + len(x))
+        ),
+        "call to call: kept",
+    ),
+    "counter in a dict": (
+        lambda: keeping({"n": 0.5}, lambda kept, x: kept.update(n=kept["n"] + len(x))),
+        "call to call: kept",
+    ),
+    "tensor in a list": (
+        lambda: keeping([torch.zeros(64)], lambda kept, x: kept[0].add_(x.mean((0, 2, 3)))),
+        "call to call: kept",
+    ),
     "counter": (counting, "it keeps something from call to call: step"),
     "memory": (remembering, "it keeps something from call to call: last"),
 }
@@ -134,6 +178,24 @@ SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_skipped_with_the_reason(name: str) -> None:
     make, reason = SKIPPED[name]
     assert_skipped(make(), reason)
+
+
+def test_generators_of_python_and_numpy_are_restored() -> None:
+    def forward(psa: nn.Module, x: Tensor) -> Tensor:
+        return psa.inner(x) * (random.random() + np.random.rand())
+
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    assert_skipped(official_with_forward(forward), "it draws random numbers")
+    assert random.getstate() == python
+    np.testing.assert_equal(np.random.get_state(legacy=False), numpy)
+
+
+def test_unchanging_attributes_are_accepted() -> None:
+    psa = OfficialPSA(64, 64)
+    psa.scale, psa.config, psa.sizes = torch.ones(1), SimpleNamespace(width=64), {"C": 64}
+    model = nn.Sequential(psa)
+    ef.fuse(model)
+    assert type(model[0]) is ef.FusedPSAModule
 
 
 @pytest.mark.parametrize("channels", [64, 128, 192])
