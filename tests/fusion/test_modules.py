@@ -8,10 +8,19 @@ import pytest
 import torch
 from helpers import psa_variants as variants
 from helpers.cases import DTYPES, MEMORY_FORMATS
-from helpers.psa_variants import NATURAL, REVERSED, VARIANTS, Holder, OfficialPSA, holder
+from helpers.psa_variants import (
+    NATURAL,
+    REVERSED,
+    SE,
+    VARIANTS,
+    Holder,
+    NaturalOrder,
+    OfficialPSA,
+    holder,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.fusion.modules import FusedPSAVariant
@@ -196,3 +205,59 @@ def test_a_softmax_in_float32_is_taken_at_every_width(channels: int) -> None:
     torch.manual_seed(channels)
     model = ef.fuse(nn.Sequential(SoftmaxInFloat32(channels, channels)))
     assert isinstance(model[0], ef.FusedPSAModule)
+
+
+@pytest.mark.parametrize("name", ["official", "natural order"])
+@pytest.mark.parametrize("change", ["hook", "forward", "another"])
+def test_the_softmax_is_called_where_somebody_relies_on_it(name: str, change: str) -> None:
+    kind = OfficialPSA if name == "official" else NaturalOrder
+    plain = nn.Sequential(kind(64, 64)).double()
+    fused = ef.fuse(copy.deepcopy(plain), order="reversed" if name == "official" else "natural")
+    x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    for model in (plain, fused):
+        softmax = model[0].softmax
+        if change == "hook":
+            softmax.register_forward_hook(lambda _m, _a, out: out * 2)
+        elif change == "forward":
+            softmax.forward = lambda x, forward=softmax.forward: forward(x) * 2
+        else:
+            model[0].softmax = nn.Sigmoid()
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+    assert "is modified" in repr(fused)
+
+
+def test_a_branch_more_or_less_counts() -> None:
+    for change in (lambda m: m.append(nn.Conv2d(64, 16, 3, padding=1)), lambda m: m.pop(-1)):
+        plain = nn.Sequential(InOneDict())
+        fused = ef.fuse(copy.deepcopy(plain))
+        assert isinstance(fused[0], FusedPSAVariant)
+        for model in (plain, fused):
+            torch.manual_seed(0)
+            change(model[0].branches)
+        x = torch.randn(2, 64, 6, 6)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+class InOneDict(nn.Module):
+    """Branches in a list, and the SE beside an activation in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(64, 16, k, padding=k // 2) for k in (3, 5, 7, 9))
+        self.parts = nn.ModuleDict({"act": nn.ReLU(), "se": SE(16)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [self.parts["act"](branch(x)) for branch in self.branches]
+        gates = torch.stack([self.parts["se"](m) for m in made], 1).softmax(1)
+        return torch.cat([m * gates[:, i] for i, m in enumerate(made)][::-1], 1)
+
+
+@pytest.mark.parametrize("part", ["act", "se.relu", "se"])
+def test_any_module_that_is_not_called_may_be_replaced(part: str) -> None:
+    plain = nn.Sequential(InOneDict()).double()
+    fused = ef.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    for model in (plain, fused):
+        torch.manual_seed(0)
+        model[0].parts.set_submodule(part, nn.SiLU() if part != "se" else SE(16).double())
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)

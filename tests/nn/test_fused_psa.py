@@ -149,9 +149,40 @@ def with_own_forward() -> nn.Module:
     return psa
 
 
+def with_state_dict_hook() -> nn.Module:
+    psa = small(ef.PSAModule)
+    psa.register_load_state_dict_post_hook(lambda *_: None)
+    return psa
+
+
+def with_own_convolve() -> nn.Module:
+    psa = small(ef.PSAModule)
+    psa.convolve = lambda x: [x] * 4
+    return psa
+
+
+def with_inner_hook() -> nn.Module:
+    psa = Theirs()
+    psa.tap = nn.Sequential(nn.Identity())
+    psa.tap[0].register_forward_hook(lambda *_: None)
+    return psa
+
+
+class WithExtraState(Theirs):
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     "make, named",
     [
+        (with_state_dict_hook, "without the hooks"),
+        (with_own_convolve, "the convolve that was replaced"),
+        (with_inner_hook, "without tap"),
+        (WithExtraState, "the extra state"),
         (Residual, "Residual: it computes something else"),
         (with_attention, "without attention of Theirs"),
         (with_hook, "without the hooks"),
@@ -161,6 +192,12 @@ def with_own_forward() -> nn.Module:
 def test_from_reference_names_what_it_would_drop(make: Callable[[], nn.Module], named: str) -> None:
     with pytest.raises(TypeError, match=named):
         ef.FusedPSAModule.from_reference(make())
+
+
+def test_from_reference_keeps_the_plans() -> None:
+    psa = ef.FusedPSAModule(64, 64)
+    ef.use_plans(psa, {"conv_4": ef.nn.grouped_conv.ConvPlan(1)})
+    assert ef.FusedPSAModule.from_reference(psa).merged_groups == (1, 4, 8, 1)
 
 
 def without(name: str) -> nn.Module:

@@ -18,6 +18,7 @@ import epsanet_fused as ef
 from epsanet_fused.nn.grouped_conv import ConvPlan
 
 Change = Callable[[ef.PSAModule], None]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
 class Adapter(nn.Module):
@@ -79,6 +80,14 @@ def without_warning(change: Change) -> Change:
     return quiet
 
 
+def widen_kernel(psa: ef.PSAModule) -> None:
+    psa.se.fc1 = nn.Conv2d(16, 4, 3, padding=1)
+
+
+def group(psa: ef.PSAModule) -> None:
+    psa.se.fc1 = nn.Conv2d(16, 4, 1, groups=2)
+
+
 CHANGES: dict[str, Change] = {
     "pruning": lambda psa: prune.l1_unstructured(psa.se.fc2, "weight", 0.5),
     "spectral norm by hooks": without_warning(
@@ -92,11 +101,19 @@ CHANGES: dict[str, Change] = {
     "offloading": offload,
     "a subclass": subclass,
     "another activation": lambda psa: setattr(psa.se, "sigmoid", nn.Hardsigmoid()),
+    "a layer of 3 x 3": widen_kernel,
+    "a layer with groups": group,
     "a hook on the SE": add_hook("se"),
     "a hook on a layer": add_hook("se.fc1"),
     "a hook on an activation": add_hook("se.relu"),
     "pruning of a convolution": lambda psa: prune.l1_unstructured(psa.conv_3, "weight", 0.5),
     "a hook on a convolution": add_hook("conv_2"),
+    "another padding of a convolution": lambda psa: setattr(
+        psa, "conv_2", nn.Conv2d(64, 16, 5, groups=4, padding=2, padding_mode="circular")
+    ),
+    "uneven padding of a convolution": lambda psa: setattr(
+        psa, "conv_2", nn.Conv2d(64, 16, 4, groups=4, padding="same")
+    ),
 }
 
 
@@ -171,6 +188,23 @@ def test_hooks_in_a_network(training: bool) -> None:
             module.register_forward_hook(lambda *_, name=name: seen.append(name))
     model(torch.randn(2, 3, 64, 64))
     assert set(seen) == {name for name, m in model.named_modules() if name}
+
+
+def test_no_plan_for_a_convolution_that_pads_in_another_way() -> None:
+    psa = ef.FusedPSAModule(64, 64)
+    CHANGES["another padding of a convolution"](psa)
+    CHANGES["uneven padding of a convolution"](psa)
+    psa.conv_3.padding_mode = "reflect"
+    for training in (False, True):
+        assert list(ef.plan_convs(psa, torch.randn(1, 64, 8, 8), training=training)) == ["conv_4"]
+
+
+def test_merged_groups_are_scripted_and_traced_as_the_convolutions() -> None:
+    plain, fused = pair(lambda _: None)
+    ef.use_plans(fused, {f"conv_{i}": ConvPlan(1) for i in (2, 3, 4)})
+    x = torch.randn(1, 64, 5, 5)
+    for made in (torch.jit.script(fused), torch.fx.symbolic_trace(fused)):
+        torch.testing.assert_close(made(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_modified_module_compiles_without_a_graph_break() -> None:

@@ -45,6 +45,86 @@ def test_first_and_second_derivatives_are_right(backend: str, operator: Operator
     assert gradgradcheck(operator, leaves())
 
 
+DEPENDENT: dict[str, Callable[[Tensor, list[Tensor]], list[Tensor]]] = {
+    "one tensor twice": lambda x, fc: [x, x, *fc],
+    "one branch of another": lambda x, fc: [x, x.sin(), *fc],
+    "fc of a branch": lambda x, fc: [x, x.cos(), fc[0] * x.mean(), *fc[1:]],
+    "fc2 of fc1": lambda x, fc: [x, x * 2, fc[0], fc[1], fc[0].transpose(0, 1), fc[3]],
+}
+
+
+@pytest.mark.parametrize("operator", [tail, norm_tail])
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_inputs_that_depend_on_each_other(kind: str, operator: Operator) -> None:
+    x, _, *fc = leaves()
+
+    def function(x: Tensor, *fc: Tensor) -> Tensor:
+        return operator(*DEPENDENT[kind](x, list(fc)))
+
+    def with_graph(*tensors: Tensor) -> list[Tensor]:
+        out = function(*tensors).square().sum()
+        found = torch.autograd.grad(out, tensors, create_graph=True, materialize_grads=True)
+        return [g.detach() for g in found]
+
+    found = with_graph(x, *fc)
+    with ef.use_backend("reference"):
+        expected = with_graph(x, *fc)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert gradgradcheck(function, (x, *fc))
+    if operator is tail:
+        assert gradcheck(function, (x, *fc), check_batched_grad=True)
+
+
+def test_a_module_applied_twice_with_a_graph() -> None:
+    torch.manual_seed(0)
+    plain = ef.PSAModule(16, 16, conv_groups=(1, 1, 2, 4), reduction=1).double()
+    fused = ef.FusedPSAModule.from_reference(plain)
+    x = torch.randn(2, 16, 4, 5, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad(m(m(x)).sin().sum(), list(m.parameters()), create_graph=True)
+        for m in (fused, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_norm_of_another_dtype_has_second_derivatives() -> None:
+    *branches, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.float() for t in leaves())
+    norm = nn.BatchNorm2d(sum(b.shape[1] for b in branches), dtype=torch.float64)
+    leaf = branches[0].detach().requires_grad_()
+    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    out = ef.psa_tail_norm([leaf, *branches[1:]], *fc, norm)
+    (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    assert second.isfinite().all() and second.any()
+
+
+def test_samples_in_channels_last() -> None:
+    plain = ef.PSAModule(16, 16, conv_groups=(1, 1, 2, 4), reduction=2)
+    fused = ef.FusedPSAModule.from_reference(plain)
+    x = torch.randn(3, 16, 4, 5).to(memory_format=torch.channels_last)
+    for m in (plain, fused):
+        m.to(memory_format=torch.channels_last)
+    weights = dict(plain.named_parameters())
+
+    def loss(model: nn.Module, weights: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(model, weights, (sample[None],)).sin().sum()
+
+    found, expected = (
+        vmap(grad(lambda w, s, m=m: loss(m, w, s)), (None, 0))(weights, x) for m in (fused, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tangent_of_the_epilogue() -> None:
+    case = make_case(SHAPE, torch.float64)
+    scale = torch.ones(SHAPE.S * SHAPE.C, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(scale, torch.ones_like(scale))
+        out = ef.psa_tail(case.branches, *case.fc, scale=dual)
+        tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+    torch.testing.assert_close(tangent, ef.psa_tail(case.branches, *case.fc))
+
+
 @pytest.mark.parametrize("operator", [tail, norm_tail])
 def test_forward_mode_is_right(operator: Operator) -> None:
     assert gradcheck(
