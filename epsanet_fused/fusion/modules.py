@@ -52,13 +52,17 @@ class FusedPSAVariant(nn.Module):
 
     spec: PSASpec
     _kinds: tuple[type[nn.Module], ...]  # the classes of the modules that are not called
+    _places: tuple[tuple[int, int], ...]  # where each SE's two layers are among them
 
     @classmethod
     def from_module(cls, module: nn.Module, spec: PSASpec) -> FusedPSAVariant:
         """Build the replacement of ``module``, with which it shares its state."""
         fused = replace_class(module, cls)
         fused.spec = spec
-        fused._kinds = tuple(map(type, fused._bypassed_modules()))
+        parts = fused._bypassed_modules(fused._branches())
+        fused._kinds = tuple(map(type, parts))
+        pairs = [(_find(fused, a), _find(fused, b)) for a, b in spec.layers.ses]
+        fused._places = tuple((parts.index(a), parts.index(b)) for a, b in pairs)
         return fused
 
     def reads_ses(self) -> bool:
@@ -66,22 +70,34 @@ class FusedPSAVariant(nn.Module):
 
         That is, of the SEs or any other module in this one that isn't in a branch.
         """
-        try:
-            if not are_unmodified(self._bypassed_modules(), self._kinds):
-                return False
-            layers = [_find(self, name) for pair in self.spec.layers.ses for name in pair]
-        except KeyError:  # a layer was removed
-            return False
-        return all(map(is_pointwise, layers))
+        return self._ses(self._branches()) is not None
 
-    def _bypassed_modules(self) -> list[nn.Module]:
+    def _ses(self, branches: list[nn.Module]) -> list[SEWeights] | None:
+        """Return the weights of the SEs, or None if somebody relies on calls."""
+        parts = self._bypassed_modules(branches)
+        if not branches or not are_unmodified(parts, self._kinds):
+            return None
+        ses = [(parts[i], parts[j]) for i, j in self._places]
+        if not all(is_pointwise(a) and is_pointwise(b) for a, b in ses):
+            return None
+        return [se_weights(a, b) for a, b in ses]
+
+    def _branches(self) -> list[nn.Module]:
+        """Return the branches, or an empty list if one was removed."""
+        try:
+            return [_find(self, name) for name in self.spec.layers.branches]
+        except KeyError:
+            return []
+
+    def _bypassed_modules(self, called: list[nn.Module]) -> list[nn.Module]:
         """Return all modules that are not called: those that are not in a branch."""
-        branches = [_find(self, name) for name in self.spec.layers.branches]
+        branches = set(map(id, called))
         found: list[nn.Module] = [self]
         for part in found:
-            for child in part._modules.values():
-                if child is not None and child not in branches:
-                    found.append(child)
+            if part._modules:
+                found += [
+                    c for c in part._modules.values() if c is not None and id(c) not in branches
+                ]
         return found[1:]
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -107,20 +123,20 @@ class FusedPSAVariant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return what the original returns; ``x`` is overwritten if the original does that."""
         spec = self.spec
-        if not self.reads_ses():
+        modules = self._branches()
+        ses = self._ses(modules)
+        if ses is None:
             return call_original(self, FusedPSAVariant, x)
         # What is written over x would be missing in the backward of the convolutions.
         keeps_x = spec.overwrites_input and torch.is_grad_enabled()
-        branches = self._convolve(x.clone() if keeps_x else x)  # S tensors (B, C, H', W')
+        branches = self._convolve(x.clone() if keeps_x else x, modules)  # S tensors (B, C, H', W')
         if spec.overwrites_input:
             x.copy_(torch.cat(branches, 1))  # (B, S * C, H', W')
-        ses = [se_weights(_find(self, a), _find(self, b)) for a, b in spec.layers.ses]
         if not spec.is_reversed:  # psa_tail puts the last branch first
             branches, ses = branches[::-1], ses[::-1]
         return psa_tail(branches, *(ses[0] if len(ses) == 1 else _stack(ses)))
 
-    def _convolve(self, x: Tensor) -> list[Tensor]:
-        modules = [_find(self, name) for name in self.spec.layers.branches]
+    def _convolve(self, x: Tensor, modules: list[nn.Module]) -> list[Tensor]:
         inputs = [x] * len(modules)
         if self.spec.split_input:
             C = x.shape[1] // len(modules)

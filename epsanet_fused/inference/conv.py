@@ -26,7 +26,6 @@ from epsanet_fused.nn.grouped_conv import (
     ConvPlan,
     merge_weight,
     numeric_padding,
-    pads_evenly,
 )
 from epsanet_fused.ops.derivatives import has_tangent
 from epsanet_fused.utils.annotations import with_real_annotations
@@ -53,8 +52,8 @@ class CachedWeights(nn.Module):
     """A module that replaces another one and computes with tensors made from its parameters.
 
     It has the state of ``origin``. ``cached_weights`` calls ``compute_weights`` again when a
-    parameter of ``origin`` or of ``norm``, or one of ``settings``, has changed. The cache is
-    neither saved nor copied.
+    tensor of ``origin`` or of ``norm``, or the norm's eps, has changed. The cache is neither saved
+    nor copied.
 
     Args:
         origin: the module to replace.
@@ -81,13 +80,9 @@ class CachedWeights(nn.Module):
         """Compute the tensors to run with from the parameters."""
         raise NotImplementedError
 
-    def settings(self) -> tuple[Any, ...]:
-        """Return the attributes that ``compute_weights`` reads beside tensors."""
-        return tuple(norm.eps for norm in self._norms)
-
     def reads_norm(self) -> bool:
         """Return whether the norm does in a call what its tensors say: it is in eval mode."""
-        norm = self.norm
+        norm: Any = self._norms[0]
         return not norm.training and norm._buffers.get("running_mean") is not None
 
     def cached_weights(self) -> Any:
@@ -97,9 +92,10 @@ class CachedWeights(nn.Module):
     def _current(self) -> _Cached:
         sources: list[Tensor | None] = [*self._parameters.values()]
         for norm in self._norms:
-            sources += (*norm._parameters.values(), *norm._buffers.values())
-        settings = self.settings()
-        states = [*settings, *map(state_of, sources)]
+            sources += norm._parameters.values()
+            sources += [b for n, b in norm._buffers.items() if n != "num_batches_tracked"]
+        eps = self._norms[0].eps if self._norms else None
+        states = [eps, *map(state_of, sources)]
         cached = self._cached  # one read: another thread may put a new one there
         if (
             cached is None
@@ -108,7 +104,7 @@ class CachedWeights(nn.Module):
         ):
             for t in sources:
                 track(t)
-            states = [*settings, *map(state_of, sources)]
+            states = [eps, *map(state_of, sources)]
             with torch.inference_mode(False), torch.no_grad():
                 cached = _Cached(self.compute_weights(), sources, states)
             self._cached = cached
@@ -189,20 +185,22 @@ class PlannedConv(CachedWeights):
         self.fold = fold
         self.fused_calls = fused_calls
 
-    def settings(self) -> tuple[Any, ...]:
-        """Return the attributes that ``compute_weights`` reads beside tensors."""
-        return *super().settings(), self.stride, self.padding, self.dilation, self.groups
-
     def reads_layers(self, norm: nn.Module | None = None) -> bool:
         """Return whether ``run`` computes this convolution and ``norm``, the module behind it.
 
         False if somebody has changed the weight's or the norm's place since, or their modes. Hooks
         are not looked for.
         """
-        has_own_weight = "weight" in self._parameters and "weight" not in self.__dict__
-        if not has_own_weight or self._modules or not pads_evenly(self):
+        if (
+            "weight" not in self._parameters
+            or "weight" in self.__dict__
+            or self._modules  # a parametrisation
+            or self.padding_mode != "zeros"
+        ):
             return False
-        return norm is self.norm and (norm is None or self.reads_norm())
+        if norm is None:
+            return not self._norms
+        return norm is self._norms[0] and self.reads_norm()
 
     def compute_weights(self) -> ConvCall:
         """Fold the norm, merge the groups and tile the weight, as planned."""

@@ -103,8 +103,10 @@ def state_of(tensor: Tensor | None) -> Any:
         return None
     if not isinstance(tensor, _Tracked):
         return object()  # nobody would notice a use of its data
-    if any(ref() is not None for ref in tensor.aliases):
+    aliases = tensor.aliases
+    if aliases and any(ref() is not None for ref in aliases):
         return object()  # it may be written to at any time
-    if tensor.is_inference():
-        return object()  # it counts no writes
-    return tensor._version, tensor.data_uses
+    try:
+        return tensor._version, tensor.data_uses
+    except RuntimeError:  # a tensor of inference mode counts no writes
+        return object()
