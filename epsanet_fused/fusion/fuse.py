@@ -23,11 +23,11 @@ from epsanet_fused.nn.psa_layers import (
     branch_convs,
     bypassed_modules,
 )
+from epsanet_fused.ops.checks import check_order
 from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.progress import progress
 from epsanet_fused.utils.replacing import replace_class
 
-ORDERS = ("reversed", "natural")
 FUSED_CLASSES = (FusedPSAModule, FusedPSAVariant)
 
 GATED_BRANCHES = (
@@ -83,8 +83,7 @@ def fuse(model: nn.Module, *, order: str = "reversed", dry_run: bool = False) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
-    if order not in ORDERS:
-        raise ValueError(f"fuse: order must be 'reversed' or 'natural', got {order!r}")
+    check_order("fuse", order)
     findings = _examine(_detect(model), order == "reversed")
     fused = any(isinstance(m, FUSED_CLASSES) for m in model.modules())
     if not fused and not any(f.looks_like_one for f in findings):

@@ -15,10 +15,9 @@ from epsanet_fused.nn.psa_layers import PSALayers
 from epsanet_fused.ops.psa_tail import psa_tail
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified
-from epsanet_fused.utils.replacing import call_original, replace_class
+from epsanet_fused.utils.replacing import call_original, original_class, replace_class
 
-# Symbolic tracing records one call of each of these.
-torch.fx.wrap("psa_tail")
+torch.fx.wrap("psa_tail")  # symbolic tracing records one call of the operator
 
 
 class PSASpec(NamedTuple):
@@ -105,7 +104,7 @@ class FusedPSAVariant(nn.Module):
 
         It compiles the class that a module has. The next call makes a fused module of it again.
         """
-        kind = self.__dict__["_originals"][FusedPSAVariant]
+        kind = original_class(self, FusedPSAVariant)
 
         def call(module: nn.Module, *args: Any, **options: Any) -> Any:
             module.__class__ = FusedPSAVariant
@@ -150,7 +149,7 @@ class FusedPSAVariant(nn.Module):
         order = "reversed" if self.spec.is_reversed else "natural"
         tail = "psa_tail"
         if not self.reads_ses():
-            kind = self.__dict__["_originals"][FusedPSAVariant]
+            kind = original_class(self, FusedPSAVariant)
             tail = f"that of {kind.__name__}, as a part of it is modified"
         return f"branches={len(layers.branches)}, split={split}, order={order}, tail={tail}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -95,9 +96,7 @@ class PlannedPSA(CachedWeights):
 
     def reads_layers(self, norm: nn.Module | None = None) -> bool:
         """Return whether ``run`` computes this module and ``norm``, the module behind it."""
-        if not reads_se(self, self._read_kinds):
-            return False
-        return norm is self.norm and (norm is None or self.reads_norm())
+        return reads_se(self, self._read_kinds) and self.reads_norm(norm)
 
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ class PlannedPSA(CachedWeights):
 
     def _se_weights(self, x: Tensor) -> SEWeights:
         fc = se_weights(self.se.fc1, self.se.fc2)
-        refuse_gradients(x, (*fc, *self.own_parameters()) if torch.is_grad_enabled() else ())
+        refuse_gradients(x, itertools.chain(fc, self.own_parameters()))
         return fc
 
 

@@ -22,17 +22,10 @@ from epsanet_fused.inference.conv_runners import (
     select_runner,
 )
 from epsanet_fused.inference.conv_weights import fold_norm, tile_weight, untile
-from epsanet_fused.nn.grouped_conv import (
-    ConvPlan,
-    merge_weight,
-    numeric_padding,
-)
+from epsanet_fused.nn.grouped_conv import ConvPlan, merge_weight, numeric_padding
 from epsanet_fused.ops.derivatives import has_tangent
 from epsanet_fused.utils.annotations import with_real_annotations
-from epsanet_fused.utils.memory_format import (
-    MEMORY_FORMATS,
-    memory_format_name,
-)
+from epsanet_fused.utils.memory_format import MEMORY_FORMATS, memory_format_name
 from epsanet_fused.utils.replacing import take_state
 from epsanet_fused.utils.tracked import state_of, track, untrack_all
 
@@ -80,10 +73,12 @@ class CachedWeights(nn.Module):
         """Compute the tensors to run with from the parameters."""
         raise NotImplementedError
 
-    def reads_norm(self) -> bool:
-        """Return whether the norm does in a call what its tensors say: it is in eval mode."""
-        norm: Any = self._norms[0]
-        return not norm.training and norm._buffers.get("running_mean") is not None
+    def reads_norm(self, norm: Any) -> bool:
+        """Return whether ``norm``, None included, is the one that is read, and in eval mode."""
+        if norm is None or not self._norms:
+            return norm is None and not self._norms
+        is_in_eval = not norm.training and norm._buffers.get("running_mean") is not None
+        return norm is self._norms[0] and is_in_eval
 
     def cached_weights(self) -> Any:
         """Return the result of ``compute_weights`` for the parameters as they are now."""
@@ -198,9 +193,7 @@ class PlannedConv(CachedWeights):
             or self.padding_mode != "zeros"
         ):
             return False
-        if norm is None:
-            return not self._norms
-        return norm is self._norms[0] and self.reads_norm()
+        return self.reads_norm(norm)
 
     def compute_weights(self) -> ConvCall:
         """Fold the norm, merge the groups and tile the weight, as planned."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +12,16 @@ from epsanet_fused.inference.conv import PlannedConv
 from epsanet_fused.utils.annotations import with_real_annotations
 from epsanet_fused.utils.hooks import are_unmodified
 from epsanet_fused.utils.replacing import call_original, original_of, take_state
+
+
+class _Stem(NamedTuple):
+    """The module that the folded layers are in. A tuple hides it from nn.Module.
+
+    layers: the names of these layers: conv1, bn1 and, if it is folded too, relu.
+    """
+
+    module: nn.Module
+    layers: tuple[str, ...]
 
 
 def fold_stem(stem: Any, name: str, relu: bool, rewrites: Rewrites) -> None:
@@ -25,20 +35,19 @@ def fold_stem(stem: Any, name: str, relu: bool, rewrites: Rewrites) -> None:
     """
     stem.bn1 = FoldedNorm(stem.bn1)
     stem.conv1 = rewrites.planned_conv(f"{name}.conv1".lstrip("."), stem.conv1, stem.bn1, StemConv)
-    folded = [stem.conv1, stem.bn1]
+    layers: tuple[str, ...] = ("conv1", "bn1")
     if relu:
         stem.relu = FoldedReLU(stem.relu)
-        folded.append(stem.relu)
-    for part in folded:
-        # A tuple hides the stem from nn.Module, which would take it for a child.
-        part._stem = (stem, len(folded))
+        layers += ("relu",)
+    for layer in layers:
+        getattr(stem, layer)._stem = _Stem(stem, layers)
 
 
 def move_stem(made: nn.Module, model: nn.Module) -> None:
     """Tell the parts of the stem ``made`` that they are in ``model`` now."""
     for part in model.modules():
-        if getattr(part, "_stem", (None,))[0] is made:
-            part._stem = (model, *part._stem[1:])  # type: ignore[assignment, index]
+        if isinstance(part, (StemConv, FoldedNorm, FoldedReLU)) and part._stem.module is made:
+            part._stem = part._stem._replace(module=model)
 
 
 class StemConv(PlannedConv):
@@ -47,20 +56,20 @@ class StemConv(PlannedConv):
     If somebody relies on calls of one of them, each computes its own part.
     """
 
-    _stem: tuple[nn.Module, int]
+    _stem: _Stem
 
     def is_folded(self) -> bool:
         """Return whether a call of this convolution computes the whole stem."""
-        stem, count = self._stem
-        parts: Any = [stem._modules.get(name) for name in ("conv1", "bn1", "relu")[:count]]
-        kinds = (StemConv, FoldedNorm, FoldedReLU)[:count]
+        stem, layers = self._stem
+        parts: Any = [stem._modules.get(name) for name in layers]
+        kinds = (StemConv, FoldedNorm, FoldedReLU)[: len(layers)]
         return parts[0] is self and are_unmodified(parts, kinds) and self.reads_layers(parts[1])
 
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(norm(conv(x))), as far as the stem is folded."""
         if self.is_folded():
-            return self.run(x, relu=self._stem[1] == 3)
+            return self.run(x, relu="relu" in self._stem.layers)
         return super().forward(x)
 
 
@@ -76,7 +85,7 @@ class FoldedNorm(nn.BatchNorm2d):
         norm: the norm, whose parameters and buffers it shares.
     """
 
-    _stem: tuple[nn.Module, int]
+    _stem: _Stem
 
     def __init__(self, norm: nn.Module) -> None:
         take_state(self, norm, FoldedNorm)
@@ -84,7 +93,7 @@ class FoldedNorm(nn.BatchNorm2d):
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, or what the norm makes of it if the stem is not folded now."""
-        if _is_folded(self._stem[0]):
+        if _is_folded(self._stem.module):
             return x
         return call_original(self, FoldedNorm, x)
 
@@ -100,7 +109,7 @@ class FoldedReLU(nn.ReLU):
         relu: the ReLU.
     """
 
-    _stem: tuple[nn.Module, int]
+    _stem: _Stem
 
     def __init__(self, relu: nn.Module) -> None:
         take_state(self, relu, FoldedReLU)
@@ -108,4 +117,4 @@ class FoldedReLU(nn.ReLU):
     @with_real_annotations
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, or its ReLU if the stem is not folded now."""
-        return x if _is_folded(self._stem[0]) else F.relu(x, self.inplace)
+        return x if _is_folded(self._stem.module) else F.relu(x, self.inplace)

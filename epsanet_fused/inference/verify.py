@@ -41,11 +41,14 @@ def check_numbers(module: nn.Module, x: Tensor | None) -> str | None:
         _randomize(module, generator)
         noise = torch.randn((max(1, min(2, len(x))), *x.shape[1:]), generator=generator)
         noise = noise.to(next(module.parameters()))
-        return next(filter(None, (_compare(module, noise * scale) for scale in _SCALES)), None)
+        for scale in _SCALES:
+            if reason := _compare(module, noise * scale):
+                return reason
     except UnfusableError as error:
         return str(error)
     except Exception as error:  # a module can raise any exception
         return f"it can't be run on noise: {first_line(error)}"
+    return None
 
 
 def _randomize(module: nn.Module, generator: torch.Generator) -> None:

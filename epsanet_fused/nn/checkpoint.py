@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _MAX_PROBLEMS = 6  # so many misfits an error message names
-_MAX_WRAPPERS = 4  # one in the other
+_PREFIXES = ("module.", "ema_model.")
 # Where training scripts store the state_dict; the first one that is there counts. The last three
 # are averages of the weights (EMA), as timm's scripts and others name them.
 _STATE_DICT_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
@@ -91,11 +92,14 @@ def short_keys(state: dict[str, Tensor]) -> dict[str, str]:
     """
     whole = {k: k for k in state}
     keys = {k: k.replace("_orig_mod.", "") for k in state if k.split(".")[-1] != "n_averaged"}
-    for _ in range(_MAX_WRAPPERS):
-        for prefix in ("module.", "ema_model."):
-            if keys and all(k.startswith(prefix) for k in keys.values()):
-                keys = {k: short.removeprefix(prefix) for k, short in keys.items()}
+    while prefix := _common_prefix(keys.values()):
+        keys = {k: short.removeprefix(prefix) for k, short in keys.items()}
     return keys if len(set(keys.values())) == len(keys) else whole  # two must not become one
+
+
+def _common_prefix(keys: Collection[str]) -> str | None:
+    """Return the prefix of a wrapper that all keys have."""
+    return next((p for p in _PREFIXES if keys and all(k.startswith(p) for k in keys)), None)
 
 
 def _is_state_dict(value: Any) -> bool:

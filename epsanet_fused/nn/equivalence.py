@@ -140,35 +140,26 @@ def prove(
         torch.inference_mode(False),
         use_backend("reference"),
     ):
-        return _try_all(copy_in_float64(module), layers, split_input, candidates, build)
-
-
-def _try_all(
-    module: nn.Module,
-    layers: PSALayers,
-    split_input: bool,
-    candidates: Callable[[bool], Sequence[Candidate]],
-    build: Callable[[nn.Module, Candidate], nn.Module],
-) -> Verdict[Candidate]:
-    left: Sequence[Candidate] | None = None
-    for progress, trial in enumerate(TRIALS):
-        generator = torch.Generator().manual_seed(trial.seed)
-        randomize(module, generator)
-        _shrink_hidden_units(module, layers, trial.scale)
-        x = _random_input(module, layers, split_input, trial, generator)
-        try:
-            expected = _run_original(module, layers, x, trial)
-        except UnfusableError:
-            raise
-        except Exception as error:  # a module can raise any exception
-            return Verdict([], progress, f"it can't be run on noise: {first_line(error)}")
-        if left is None:
-            left = candidates(not torch.equal(expected.input_after, x))
-        left = [c for c in left if _agrees(module, c, build, x, trial, expected)]
-        if not left:
-            reason = "it computes something else than a PSA module of such parts"
-            return Verdict([], progress + 1, reason)
-    return Verdict(list(left or []), len(TRIALS), "")
+        module = copy_in_float64(module)
+        left: Sequence[Candidate] | None = None
+        for progress, trial in enumerate(TRIALS):
+            generator = torch.Generator().manual_seed(trial.seed)
+            randomize(module, generator)
+            _shrink_hidden_units(module, layers, trial.scale)
+            x = _random_input(module, layers, split_input, trial, generator)
+            try:
+                expected = _run_original(module, layers, x, trial)
+            except UnfusableError:
+                raise
+            except Exception as error:  # a module can raise any exception
+                return Verdict([], progress, f"it can't be run on noise: {first_line(error)}")
+            if left is None:
+                left = candidates(not torch.equal(expected.input_after, x))
+            left = [c for c in left if _agrees(module, c, build, x, trial, expected)]
+            if not left:
+                reason = "it computes something else than a PSA module of such parts"
+                return Verdict([], progress + 1, reason)
+        return Verdict(list(left or []), len(TRIALS), "")
 
 
 @torch.no_grad()

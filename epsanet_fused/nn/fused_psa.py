@@ -168,7 +168,7 @@ def se_weights(fc1: Any, fc2: Any) -> SEWeights:
 
 
 def _weight_and_bias(fc: Any) -> tuple[Tensor, Tensor]:
-    # Not fc.weight, unless it is parametrised: each attribute of a module takes half a microsecond.
+    # Not fc.weight, unless it is parametrised: an attribute of a module is slow to find.
     parameters = fc._parameters
     weight = parameters["weight"] if "weight" in parameters else fc.weight  # noqa: SIM401
     bias = parameters["bias"] if "bias" in parameters else fc.bias  # noqa: SIM401

@@ -44,9 +44,15 @@ def is_replacement(module: nn.Module, cls: type[nn.Module]) -> bool:
     return cls in module.__dict__.get("_originals", ())
 
 
+def original_class(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of the module that this one replaced as a ``cls``."""
+    kind: type[nn.Module] = module.__dict__["_originals"][cls]
+    return kind
+
+
 def original_of(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """Return a module of the class that ``cls`` replaced here, on the attributes of ``module``."""
-    kind = module.__dict__["_originals"][cls]
+    kind = original_class(module, cls)
     original: nn.Module = kind.__new__(kind)
     original.__dict__ = module.__dict__
     return original
