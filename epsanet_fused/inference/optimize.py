@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from epsanet_fused.inference.blocks import Rewrites
+from epsanet_fused.inference.conv import refuse_gradients
 from epsanet_fused.inference.conv_planner import plan_convs
 from epsanet_fused.inference.cuda_graph import GraphedModel
 from epsanet_fused.inference.report import Gain, Report, describe_setting
@@ -102,8 +103,17 @@ def optimize_for_inference(
         result.requires_grad_(False)
         if cuda_graph:
             result, report = _capture_graph(result, args, report)
+    if report.rewrites is None and not isinstance(result, GraphedModel):
+        result.register_forward_pre_hook(_refuse_gradients)
     result.report = report  # type: ignore[assignment]
     return result
+
+
+def _refuse_gradients(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Refuse a backward as rewritten modules do, for a model in which no rewrite was faster."""
+    for x in tree_leaves(args):
+        if isinstance(x, Tensor):
+            refuse_gradients(x, module.parameters())
 
 
 def _check_arguments(

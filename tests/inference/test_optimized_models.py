@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -219,3 +220,14 @@ def test_compiled_after_a_call_and_called_after_it(fast: nn.Module) -> None:
     copy_to_data(fast, other)
     assert_same_function(fast, other)
     torch.compiler.reset()
+
+
+def test_a_backward_is_refused_where_no_rewrite_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimize, "_is_faster", lambda *_: False)
+    result = ef.optimize_for_inference(small(ef.EPSABlock), X)
+    assert result.report.rewrites is None
+    for model in (result, pickle.loads(pickle.dumps(result))):
+        with pytest.raises(RuntimeError, match="optimize_for_inference has no gradients"):
+            model(X.clone().requires_grad_())
+        with torch.no_grad():
+            assert model(X).isfinite().all()
