@@ -37,7 +37,7 @@ def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
     """Run a script of benchmarks/ in a process without a GPU."""
     command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
     env = _environment_without_gpu()
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def one_thread_environment() -> dict[str, str]:
@@ -61,7 +61,6 @@ def run_recipe(
         capture_output=True,
         text=True,
         env=one_thread_environment(),
-        timeout=300,
         check=False,
     )
 

@@ -56,7 +56,6 @@ def run(command: list[str], folder: Path, *more: str) -> str:
         env=one_thread_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,6 @@ def python(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comple
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )
 

@@ -12,7 +12,7 @@ from helpers.processes import PNG, recipe_command, rows_of
 
 def run_digits(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
     command = recipe_command("digits.py", *arguments)
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
