@@ -62,7 +62,7 @@ def module_variants(stage: str, batch: int) -> dict[str, Variant]:
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
     made = {
         "official": ef.FusedPSAModule(channels, channels),
-        "own SEs": ef.fuse(nn.Sequential(OwnSEs(channels)), order="natural"),
+        "own SEs": ef.fuse(nn.Sequential(OwnSEs(channels)), order="natural")[0],
     }
     ready = {name: m.eval().to(memory_format=torch.channels_last) for name, m in made.items()}
     return {name: Variant(lambda m=m: m(x), nullcontext) for name, m in ready.items()}

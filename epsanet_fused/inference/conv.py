@@ -124,10 +124,21 @@ class CachedWeights(nn.Module):
 def refuse_gradients(x: Tensor, parameters: Iterable[Tensor | None] = ()) -> None:
     """Raise a RuntimeError if a gradient of ``x`` or of a parameter is due, or a tangent of ``x``.
 
+    Raise one under ``torch.func.vmap``, too: the derived weights and the library's own calls have
+    no rule for it.
+
     Args:
         x: the input.
-        parameters: they are read only where gradients are enabled.
+        parameters: they are read only where gradients are enabled or a transform is on.
     """
+    if torch._C._are_functorch_transforms_active():
+        parameters = list(parameters)
+        tensors = [t for t in (x, *parameters) if t is not None]
+        if any(torch._C._functorch.is_batchedtensor(t) for t in tensors):
+            raise RuntimeError(
+                "a model from optimize_for_inference can't run under torch.func.vmap; pass it the "
+                "whole batch, or transform the model that it was made from"
+            )
     is_due = torch.is_grad_enabled() and (
         x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
     )

@@ -234,6 +234,26 @@ def test_only_the_norms_need_gradients(pair):
         fast(X)
 
 
+@pytest.mark.parametrize("over", ["input", "weights"])
+def test_vmap_is_refused(pair, over):
+    _, fast = pair
+    weights = dict(fast.named_parameters())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="can't run under"):
+        if over == "input":
+            torch.func.vmap(lambda image: fast(image[None]))(X)
+        else:
+            two = {name: torch.stack([p, p]) for name, p in weights.items()}
+            torch.func.vmap(lambda some: torch.func.functional_call(fast, some, (X,)))(two)
+
+
+def test_gradients_of_a_head_behind_it(pair):
+    plain, fast = pair
+    head = torch.ones(plain(X).shape[1])
+    with torch.no_grad():
+        found = torch.func.grad(lambda w: (fast(X) @ w).sum())(head)
+    torch.testing.assert_close(found, plain(X).sum(0), rtol=1e-3, atol=1e-4)
+
+
 def test_forward_mode_is_refused(pair):
     _, fast = pair
     with pytest.raises(RuntimeError, match="has no gradients"):
