@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, object]] = []
     with torch.no_grad():
         for case, stage, batch, variants in cases:
-            timings = interleave(variants, clock, 200, args.seconds / len(cases))
+            timings = interleave(variants, clock, 1000, args.seconds / len(cases))
             first = next(iter(timings.values()))
             for name, timing in timings.items():
                 about = {"case": case, "stage": stage, "batch": batch, "variant": name}

@@ -93,10 +93,9 @@ class FusedPSAVariant(nn.Module):
         branches = set(map(id, called))
         found: list[nn.Module] = [self]
         for part in found:
-            if part._modules:
-                found += [
-                    c for c in part._modules.values() if c is not None and id(c) not in branches
-                ]
+            for child in part._modules.values():
+                if child is not None and id(child) not in branches:
+                    found.append(child)
         return found[1:]
 
     def __prepare_scriptable__(self) -> nn.Module:
