@@ -16,8 +16,8 @@ import torch
 # The tests in tests/gpu are started with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The workers share the cores already. Two processes of two threads each on two cores have run 40
-# times slower than one thread each: threads that wait for others keep them from running.
+# The workers share the cores already. With more threads than cores, those that wait for others keep
+# these from running: tests take many times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start

@@ -55,10 +55,9 @@ def has_gated_branches(module: nn.Module, *, try_sizes: bool = False) -> bool | 
         return False
     if any(is_lazy(p) or p.is_meta for p in module.parameters()):
         return None
-    devices = {p.device.index for p in module.parameters() if p.is_cuda}
+    devices = {p.get_device() for p in module.parameters() if p.is_cuda}
     with (
-        torch.random.fork_rng(devices=devices),
-        unchanged_random_states(),
+        unchanged_random_states(devices),
         torch.inference_mode(False),
         torch.no_grad(),
         warnings.catch_warnings(),

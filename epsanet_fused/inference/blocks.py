@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsanet_fused.backends.interface import SEWeights
-from epsanet_fused.inference.conv import CachedWeights, PlannedConv, refuse_gradients
+from epsanet_fused.inference.conv import CachedWeights, PlannedConv, refuse_transforms
 from epsanet_fused.inference.conv_weights import norm_scale_shift
 from epsanet_fused.nn.fused_psa import CONVS, is_psa, kinds_of_bypassed, reads_se, se_weights
 from epsanet_fused.nn.grouped_conv import ConvPlan, is_plain_conv
@@ -122,7 +122,7 @@ class PlannedPSA(CachedWeights):
 
     def _se_weights(self, x: Tensor) -> SEWeights:
         fc = se_weights(self.se.fc1, self.se.fc2)
-        refuse_gradients(x, itertools.chain(fc, self.own_parameters()))
+        refuse_transforms(x, itertools.chain(fc, self.own_parameters()))
         return fc
 
 

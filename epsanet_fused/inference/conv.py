@@ -121,11 +121,10 @@ class CachedWeights(nn.Module):
         return self.__dict__ | {"_cached": None}
 
 
-def refuse_gradients(x: Tensor, parameters: Iterable[Tensor | None] = ()) -> None:
-    """Raise a RuntimeError if a gradient of ``x`` or of a parameter is due, or a tangent of ``x``.
+def refuse_transforms(x: Tensor, parameters: Iterable[Tensor | None] = ()) -> None:
+    """Raise a RuntimeError if a gradient or tangent is due, or if ``torch.func.vmap`` runs this.
 
-    Raise one under ``torch.func.vmap``, too: the derived weights and the library's own calls have
-    no rule for it.
+    The derived weights and the library's own calls have no rule for these.
 
     Args:
         x: the input.
@@ -133,8 +132,8 @@ def refuse_gradients(x: Tensor, parameters: Iterable[Tensor | None] = ()) -> Non
     """
     if torch._C._are_functorch_transforms_active():
         parameters = list(parameters)
-        tensors = [t for t in (x, *parameters) if t is not None]
-        if any(torch._C._functorch.is_batchedtensor(t) for t in tensors):
+        is_batched = torch._C._functorch.is_batchedtensor
+        if any(is_batched(t) for t in (x, *parameters) if t is not None):
             raise RuntimeError(
                 "a model from optimize_for_inference can't run under torch.func.vmap; pass it the "
                 "whole batch, or transform the model that it was made from"
@@ -238,7 +237,7 @@ class PlannedConv(CachedWeights):
         """
         if self.reads_layers():
             return self.run(x)
-        refuse_gradients(x, self.own_parameters())
+        refuse_transforms(x, self.own_parameters())
         out: Tensor = nn.Conv2d._conv_forward(self, x, self.weight, self.bias)  # type: ignore[arg-type]
         return out
 
@@ -262,7 +261,7 @@ class PlannedConv(CachedWeights):
         """
         if torch.compiler.is_compiling():
             untrack_all()
-        refuse_gradients(x, self.own_parameters())
+        refuse_transforms(x, self.own_parameters())
         x = x.contiguous(memory_format=self.plan.memory_format)
         if self.fold or not self._norms:
             out = self._convolve(x, residual, relu, overwrite)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from epsanet_fused.inference.conv import refuse_gradients
+from epsanet_fused.inference.conv import refuse_transforms
 from epsanet_fused.utils.hooks import has_hooks
 from epsanet_fused.utils.tracked import state_of, track
 
@@ -61,7 +61,7 @@ class GraphedModel(nn.Module):
             plain: Tensor = self.model(*args)
             return plain
         for arg in args:
-            refuse_gradients(arg)
+            refuse_transforms(arg)
         states = [state_of(t) for t in self._tensors]
         capture = self._capture
         if capture is None or capture.states != states:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from epsanet_fused.inference.blocks import Rewrites
-from epsanet_fused.inference.conv import refuse_gradients
+from epsanet_fused.inference.conv import refuse_transforms
 from epsanet_fused.inference.conv_planner import plan_convs
 from epsanet_fused.inference.cuda_graph import GraphedModel
 from epsanet_fused.inference.report import Gain, Report, describe_setting
@@ -80,8 +80,8 @@ def optimize_for_inference(
 
     Returns:
         The model. ``print(result.report)`` shows the rewrites and their gains, the skipped modules
-        with reasons, and the largest error. It has no gradients and no training mode. It follows
-        later changes of its parameters.
+        with reasons, and the largest error. It has no gradients, no vmap and no training mode. It
+        follows later changes of its parameters.
 
     Raises:
         TypeError: if ``model`` is no module.
@@ -104,16 +104,16 @@ def optimize_for_inference(
         if cuda_graph:
             result, report = _capture_graph(result, args, report)
     if report.rewrites is None and not isinstance(result, GraphedModel):
-        result.register_forward_pre_hook(_refuse_gradients)
+        result.register_forward_pre_hook(_refuse_transforms)
     result.report = report  # type: ignore[assignment]
     return result
 
 
-def _refuse_gradients(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Refuse a backward as rewritten modules do, for a model in which no rewrite was faster."""
+def _refuse_transforms(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Refuse what rewritten modules refuse, for a model in which no rewrite was faster."""
     for x in tree_leaves(args):
         if isinstance(x, Tensor):
-            refuse_gradients(x, module.parameters())
+            refuse_transforms(x, module.parameters())
 
 
 def _check_arguments(

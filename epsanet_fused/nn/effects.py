@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -73,13 +73,18 @@ def random_states() -> list[object]:
 
 
 @contextmanager
-def unchanged_random_states() -> Iterator[None]:
-    """Restore the states of Python's and NumPy's generators afterwards."""
+def unchanged_random_states(devices: Iterable[int] = ()) -> Iterator[None]:
+    """Restore the states of the generators of PyTorch, Python and NumPy afterwards.
+
+    Args:
+        devices: the indices of the CUDA devices whose generators are restored, beside the CPU's.
+    """
     state = random.getstate()
     numpy = _loaded_numpy()
     numpy_state = None if numpy is None else numpy.random.get_state(legacy=False)
     try:
-        yield
+        with torch.random.fork_rng(devices=devices):
+            yield
     finally:
         random.setstate(state)
         if numpy is not None:

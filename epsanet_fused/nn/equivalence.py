@@ -135,7 +135,6 @@ def prove(
         UnfusableError: if the module has effects that no replacement has.
     """
     with (
-        torch.random.fork_rng(devices=[]),
         unchanged_random_states(),
         torch.inference_mode(False),
         use_backend("reference"),

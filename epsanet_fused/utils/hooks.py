@@ -55,7 +55,7 @@ def are_unmodified(modules: Sequence[nn.Module], kinds: Sequence[type[nn.Module]
     ):
         return False
     for m, kind in zip(modules, kinds):  # noqa: B905  their lengths are the same
-        own = m.__dict__  # an attribute of a module takes twice as long
+        own = m.__dict__  # found faster than attributes of a module
         if (
             type(m) is not kind
             or own["_forward_hooks"]
