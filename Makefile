@@ -10,11 +10,18 @@ SECOND := .venv-integrations
 TIMM := $(shell sed -n 's/^timm==//p' requirements-integrations.txt)
 # The tests of the public functions, which run in the second environment, too.
 AGAIN := tests/ops tests/nn tests/fusion/test_fuse.py tests/fusion/test_modules.py
+RIVALS := eager compile-freezing onnxruntime openvino optimized optimized-compile
+RIVALS += $(addprefix resnet50:,$(RIVALS))
 
-.PHONY: bench test test-slow test-integrations test-sanitized test-matrix gpu-check digits lint clean
+.PHONY: bench bench-rivals test test-slow test-integrations test-sanitized test-matrix gpu-check digits lint clean
 
 bench: $(BUILT)
 	$(VENV)/bin/python benchmarks/bench_psa.py --out $(OUT)
+
+# ONNX Runtime and OpenVINO beside us and ResNet-50: a quarter of an hour, after some installing.
+bench-rivals: $(VENV)/.rivals
+	$(VENV)/bin/python benchmarks/bench_psa.py --scope network --batch 1 --memory-format best \
+	    --providers $(RIVALS) --seconds 1500 --out $(OUT)
 
 # Files run in the order of their names: the fullest first would start the slowest last.
 test: $(BUILT)
@@ -49,9 +56,9 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/helpers/emulator/*.cpp' 'tests/helpers/emulator/*.h')
 
-# Runs with what the machine has: no network, no .venv. See benchmarks/gpu_check.py.
+# Runs with what the machine has: no network, no .venv. See benchmarks/visit.py.
 gpu-check:
-	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/visit.py --out $(OUT)
 
 $(READY): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +68,10 @@ $(READY): requirements-dev.txt
 $(BUILT): $(READY) $(SOURCES)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(VENV)/bin/python -m epsanet_fused
+	touch $@
+
+$(VENV)/.rivals: $(BUILT)
+	$(VENV)/bin/python -m pip install --quiet onnx onnxscript onnxruntime openvino
 	touch $@
 
 # The library that the first environment built serves this one, too. The source archive of timm has

@@ -1,403 +1,316 @@
-"""Time the PSA tail, module, block or network by every provider: a table, a CSV file and a plot.
+"""Time the PSA tail, module or network by every provider: a table, a CSV file and plots.
 
-    python benchmarks/bench_psa.py --out out
+    python benchmarks/bench_psa.py                               # the tail, in float32 at batch 8
+    python benchmarks/bench_psa.py --scope network --batch 1
+    python benchmarks/bench_psa.py --shape 4 128 40 40           # your own size
+    python benchmarks/bench_psa.py --model package.module:function --shape 1 3 224 224
+    python benchmarks/bench_psa.py compare before.csv after.csv  # what got faster or slower
 
-Each timing comes with its largest error against the float64 oracle. A result whose error is over
-its bound is not timed. The provider ``eager`` is the official code. ``copy`` copies the tail's
-output once, which is the limit of the memory bandwidth. ``necessary_bytes`` is the traffic that any
-implementation needs. In units of N, the bytes of the output: 2 N forward (read the branches, write
-the output), 3 N backward (read the gradient and the branches, write the branches' gradients), 5 N
-in training.
+Each result is compared with the float64 oracle. A result whose error is over its bound is not
+timed. All providers of a case are timed in turns in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
+import importlib
 import importlib.util
 import itertools
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 # Otherwise the profiler that measures memory prints a line on stderr at each start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "10")
 
 import torch
-from baselines import baseline_of
-from checks import NetworkCheckers
-from environment import describe
-from inputs import MEMORY_FORMATS, STAGES, Settings, Source, Workload
-from l2_flush import make_clock
-from memory import peak_extra_bytes
-from options import DTYPES, add_shared, parse_shared, positive_int
-from plots import plot
-from providers import MODES, PROVIDERS, SCOPES, defaults
-from report import AXES, COLUMNS, OUT_OF_TIME, failure, label, table, timing_columns, write_csv
-from steps import Prepared
+from harness import compare
+from harness.cases import MEMORY_FORMATS, MODES, SCOPES, STAGES, Case, Source
+from harness.networks import baseline_of
+from harness.options import DTYPES, add_shared, open_results, parse_shared, positive_int
+from harness.providers import PROVIDERS, defaults
+from harness.results import OUT_OF_TIME, Results, results_table
+from harness.runner import Runner
+from torch import nn
 
 import epsanet_fused as ef
-from epsanet_fused.backends.registry import PATHS
+from epsanet_fused.nn.psa import CONV_GROUPS, CONV_KERNELS
 from epsanet_fused.utils.progress import progress
-from epsanet_fused.utils.timing import Clock, Timing, Variant, interleave
-
-# The necessary traffic of each mode, in units of N.
-NECESSARY = {"inference": 2, "training": 5, "backward": 3}
-# The largest share of the remaining time that one point may spend on preparing its providers.
-MAX_PREPARE_SHARE = 0.7
-PAIR_SECONDS = 4.0
 
 
-class Candidate(NamedTuple):
-    """A provider's row, and its step if the result is right."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what is computed").add_argument
+    scopes = "; ".join(f"{name}: {about}" for name, about in SCOPES.items())
+    add("--scope", choices=SCOPES, help=f"{scopes} (default: tail, or network with --model)")
+    modes = "; ".join(f"{name}: {about}" for name, about in MODES.items())
+    modes += " (default: inference; training for --scope norm)"
+    add("--mode", choices=MODES, nargs="+", metavar="MODE", help=modes)
+    stages_help = "stages of EPSANet-50, for all scopes but network (default: S1 S2 S3 S4)"
+    add("--stages", choices=STAGES, nargs="+", metavar="STAGE", help=stages_help)
+    add("--batch", type=positive_int, nargs="+", help="(default: 8)")
+    dtypes = f"of {', '.join(DTYPES)} (default: float32)"
+    add("--dtype", choices=DTYPES, nargs="+", default=["float32"], metavar="DTYPE", help=dtypes)
+    formats = (*MEMORY_FORMATS, "best")
+    format_help = f"of {', '.join(formats)}; best: the faster one of each provider (default: nchw)"
+    add("--memory-format", choices=formats, nargs="+", default=["nchw"], metavar="FORMAT",
+        help=format_help)  # fmt: skip
+    cache_help = "cold: empty the last-level cache before each call (default: warm)"
+    add("--cache", choices=("warm", "cold"), nargs="+", default=["warm"], help=cache_help)
+    input_help = (
+        "photos: activations of EPSANet-50 for two photographs; randn: noise "
+        "(default: photos, or randn with --shape, --kernels, --groups or --model)"
+    )
+    add("--input", choices=("photos", "randn"), help=input_help)
 
-    row: dict[str, object]
-    prepared: Prepared | None
+    add = parser.add_argument_group("your own size and network").add_argument
+    shape_help = "size of the input, in the place of --stages and --batch"
+    add("--shape", type=positive_int, nargs=4, metavar=("B", "C", "H", "W"), help=shape_help)
+    add("--kernels", type=positive_int, nargs=4, metavar="K", default=CONV_KERNELS,
+        help="kernel sizes of the four convolutions (default: 3 5 7 9)")  # fmt: skip
+    add("--groups", type=positive_int, nargs=4, metavar="G", default=CONV_GROUPS,
+        help="groups of the four convolutions (default: 1 4 8 16)")  # fmt: skip
+    model_help = "a function without arguments that returns a network with PSA modules"
+    add("--model", metavar="MODULE:FUNCTION", help=model_help)
 
+    add = parser.add_argument_group("which code runs").add_argument
+    provider_help = "see --list-providers (default: all that can run here)"
+    add("--providers", nargs="+", metavar="NAME", help=provider_help)
+    plan_help = "JSON file of convolution plans, to read and to extend (default: none)"
+    add("--plan-file", type=Path, metavar="FILE", help=plan_help)
+    add("--list-providers", action="store_true", help="print the providers and stop")
+    add("--list-cases", action="store_true", help="print the cases that would be timed and stop")
 
-class Point(NamedTuple):
-    """One point of the sweep in one memory format."""
-
-    settings: Settings
-    workload: Workload
+    add = parser.add_argument_group("how it is measured").add_argument
+    reps_help = "largest number of samples of a timing (default: 200)"
+    add("--reps", type=positive_int, default=200, help=reps_help)
+    pairs_help = (
+        "time each provider against the first as soon as it is ready, instead of all together"
+    )
+    add("--pairs", action="store_true", help=pairs_help)
+    prepare_help = "compile what would be timed, and measure nothing: fills the caches on disk"
+    add("--prepare-only", action="store_true", help=prepare_help)
+    add("--trace", action="store_true", help="write a torch.profiler trace of each provider's call")
+    add("--no-plot", action="store_true", help="write no PNG files")
+    add_shared(parser, 100.0)
+    return parser
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    norm_help = "norm: the tail with the BatchNorm2d and ReLU after it, in training"
-    add("--scope", choices=SCOPES, default="tail", help=norm_help)
-    mode_help = "training: forward and backward, of 16-bit modules in mixed precision"
-    add("--mode", choices=MODES, nargs="+", default=["inference"], help=mode_help)
-    add("--stages", choices=tuple(STAGES), nargs="+", default=list(STAGES))
-    add("--batch", type=positive_int, nargs="+", default=[8])
-    add("--dtype", choices=DTYPES, nargs="+", default=["float32"])
-    formats, format_help = (*MEMORY_FORMATS, "best"), "best: the faster one of each provider"
-    add("--memory-format", choices=formats, nargs="+", default=["nchw"], help=format_help)
-    cache_help = "cold: empty the last-level cache before each call"
-    add("--cache", choices=("warm", "cold"), nargs="+", default=["warm"], help=cache_help)
-    add("--providers", choices=tuple(PROVIDERS), nargs="+", help="default: all that can run here")
-    add("--threads", type=positive_int, help="CPU threads; default: 1 if the CPU is timed")
-    each_help = "time each provider against the first as soon as it is ready; write its rows"
-    add("--one-by-one", action="store_true", help=each_help)
-    add("--plan-file", type=Path, help="of convolution plans, to read and to extend")
-    add("--input", choices=("photos", "randn"), default="photos")
-    add("--no-plot", action="store_true", help="write the CSV file only")
-    add("--reps", type=positive_int, default=200, help="largest number of samples of a timing")
-    add_shared(parser, 100.0, "no point is begun after this time")
+    parser = make_parser()
     args = parse_shared(parser, argv)
-    check_arguments(parser, args)
-    args.providers = args.providers or defaults(args.device, args.scope)
+    args.scope = args.scope or ("network" if args.model else "tail")
+    args.mode = args.mode or ["training" if args.scope == "norm" else "inference"]
+    args.kernels, args.groups = tuple(args.kernels), tuple(args.groups)
+    own_convs = (args.kernels, args.groups) != (CONV_KERNELS, CONV_GROUPS)
+    own = bool(args.shape or args.model or own_convs)
+    has_photos = importlib.util.find_spec("sklearn") is not None
+    if args.input == "photos" and own:
+        parser.error("argument --input: photos are for the stages of EPSANet-50, not for your own")
+    if args.input is None and not own and not has_photos:
+        print(
+            "scikit-learn has the photographs and isn't installed: --input randn", file=sys.stderr
+        )
+    if args.input == "photos" and not has_photos:
+        parser.error("argument --input: photos needs scikit-learn, which isn't installed")
+    args.input = args.input or ("photos" if has_photos and not own else "randn")
+    check_scope(parser, args)
+    check_size(parser, args)
+    args.build = load_model(parser, args.model) if args.model else None
+    check_providers(parser, args)
     return args
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations of arguments that cannot be measured."""
+def check_scope(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what --scope cannot measure."""
     if args.scope != "tail" and "backward" in args.mode:
         parser.error("argument --mode: backward by itself is timed for --scope tail only")
     if args.scope == "norm" and args.mode != ["training"]:
         parser.error("argument --mode: --scope norm is for training")
     if args.scope in ("tail", "norm") and "best" in args.memory_format:
-        parser.error("argument --memory-format: best is for --scope module, block and network")
-    if args.input == "photos" and importlib.util.find_spec("sklearn") is None:
+        parser.error("argument --memory-format: best is for --scope module and network")
+    if args.model and args.scope != "network":
+        parser.error(f"argument --model: is for --scope network, got {args.scope}")
+    if args.stages and (args.shape or args.scope == "network"):
+        other = "--shape" if args.shape else "--scope network"
+        parser.error(f"argument --stages: can't be combined with {other}")
+
+
+def check_size(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse kernels, groups and shapes that no PSA module has; set batch and cases."""
+    args.cases = args.stages or list(STAGES)
+    if args.batch and args.shape:
+        parser.error("argument --batch: can't be combined with --shape, which has it")
+    args.batch = args.shape[:1] if args.shape else args.batch or [8]
+    if args.scope == "network":
+        args.cases = ["all"]
+        if (args.kernels, args.groups) != (CONV_KERNELS, CONV_GROUPS):
+            parser.error("argument --kernels, --groups: are for --scope tail, norm and module")
+    elif args.shape:
+        args.cases = ["x".join(map(str, args.shape[1:]))]
+    if args.shape and args.scope == "network" and not args.model and args.shape[1] != 3:
+        parser.error(f"argument --shape: C must be 3 for EPSANet-50, got {args.shape[1]}")
+    if args.scope != "network":
+        channels = args.shape[1] if args.shape else min(STAGES[s][0] for s in args.cases)
+        try:
+            ef.PSAModule(channels, channels, args.kernels, 1, args.groups)
+        except ValueError as error:
+            parser.error(f"argument --shape, --kernels, --groups: {error}")
+
+
+def load_model(parser: argparse.ArgumentParser, name: str) -> Callable[[], nn.Module]:
+    """Import the function of --model, and check what it returns."""
+    module, colon, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), function) if colon else None
+        model = build() if callable(build) else None
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        message = " ".join(str(error).split())
+        parser.error(f"argument --model: {name}: {type(error).__name__}: {message}")
+    if not isinstance(model, nn.Module):
         parser.error(
-            "argument --input: photos needs scikit-learn, which isn't installed; install it, or "
-            "use --input randn"
+            f"argument --model: must be MODULE:FUNCTION, a function that returns a network, got "
+            f"{name}{f', which returns a {type(model).__name__}' if callable(build) else ''}"
         )
+    try:
+        ef.fuse(model)
+    except ValueError as error:
+        parser.error(f"argument --model: {name}: {error}")
+    return build
+
+
+def check_providers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse unknown providers and those of other scopes; set the default."""
     for name in args.providers or ():
+        if name not in PROVIDERS:
+            parser.error(f"argument --providers: must be of {', '.join(PROVIDERS)}, got {name!r}")
         if not any(PROVIDERS[name].fits(args.scope, mode) for mode in args.mode):
             parser.error(
                 f"argument --providers: {name} is for --scope {' '.join(PROVIDERS[name].scopes)} "
                 f"and --mode {' '.join(PROVIDERS[name].modes)}"
             )
-
-
-def sweep(args: argparse.Namespace) -> list[Settings]:
-    """Return every point to measure, in the order of the arguments. The network has no stages."""
-    stages = args.stages if args.scope != "network" else ["all"]
-    points = itertools.product(args.mode, args.batch, args.dtype, args.memory_format, stages)
-    return [
-        Settings(args.scope, mode, stage, batch, dtype, memory_format)
-        for mode, batch, dtype, memory_format, stage in points
+        if args.model and baseline_of(name):
+            parser.error(f"argument --providers: {name} isn't for --model")
+    args.providers = list(dict.fromkeys(args.providers or ())) or [
+        name
+        for name in defaults(args.device, args.scope, args.mode)
+        if not (args.model and baseline_of(name))
     ]
 
 
-def each_memory_format(settings: Settings) -> list[Settings]:
-    """Return the settings in every memory format to try: for "best" in all of them."""
-    best = settings.memory_format == "best"
-    choices = MEMORY_FORMATS if best else (settings.memory_format,)
-    return [settings._replace(memory_format=choice) for choice in choices]
+def sweep(args: argparse.Namespace) -> list[Case]:
+    """Return every case, dtype by dtype and batch by batch."""
+    points = itertools.product(args.mode, args.dtype, args.batch, args.memory_format, args.cases)
+    return [
+        Case(args.scope, mode, case, batch, dtype, memory_format)
+        for mode, dtype, batch, memory_format, case in points
+    ]
 
 
-def words(settings: Settings) -> str:
-    """Describe a point in one line."""
-    return " ".join(map(str, settings))
-
-
-class Bench:
-    """Measures one point of the sweep after another and collects the rows."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device: torch.device = args.device
-        self.rows: list[dict[str, object]] = []
-        self.clocks: dict[str, Clock] = {
-            cache: make_clock(self.device, cache == "cold") for cache in args.cache
-        }
-        self.environment = describe(self.device)
-        reasons = {n: PROVIDERS[n].unavailable_reason(self.device) for n in args.providers}
-        self.skipped = {name: reason for name, reason in reasons.items() if reason}
-        self.names = [name for name in args.providers if name not in self.skipped]
-        baselines = dict.fromkeys(filter(None, map(baseline_of, self.names)))
-        self.source = Source(args.input, self.device, baselines, args.plan_file)
-
-    # Dynamo counts all compilations of one forward together, and gives up without an error.
-    @torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True)
-    def measure(self, settings: Settings, seconds: float, left: float) -> None:
-        """Check every provider against the oracle, then time those that pass, interleaved.
-
-        Args:
-            settings: the point.
-            seconds: this point's share of the remaining time.
-            left: all of the remaining time. Compiling may take more than the share; when it has
-                taken most of ``left``, the remaining providers are skipped.
-        """
-        began = time.perf_counter()
-        # The compilations of earlier points would count against the limit above.
-        torch._dynamo.reset()
-        points = [Point(s, self.source.workload(s)) for s in each_memory_format(settings)]
-        if self.args.one_by_one:
-            self._measure_one_by_one(settings, points, began + left)
-            return
-        candidates = self._prepare_all(settings, points, began + MAX_PREPARE_SHARE * left)
-        self._measure_memory(candidates)
-        seconds_left = max(0.0, seconds - (time.perf_counter() - began))
-        self._time(settings, points[0].workload, candidates, seconds_left)
-
-    def _measure_one_by_one(
-        self, settings: Settings, points: Sequence[Point], deadline: float
-    ) -> None:
-        """Time each provider against the first one, and write its rows before the next is made."""
-        checkers = NetworkCheckers(points[0].workload, points[0].settings)
-        names = [n for n in self.names if PROVIDERS[n].fits(settings.scope, settings.mode)]
-        first: dict[str, Candidate] = {}
-        for i, name in enumerate(names):
-            if first and time.perf_counter() > deadline:
-                self.rows.append(self.row(settings, name) | {"note": OUT_OF_TIME})
-                continue
-            candidate = self._prepare_best(name, points, checkers)
-            self._measure_memory({name: candidate})
-            first = first or {name: candidate}
-            known = len(self.rows)
-            seconds = min(PAIR_SECONDS, max(0.0, deadline - time.perf_counter()))
-            self._time(settings, points[0].workload, first | {name: candidate}, seconds)
-            if i:  # the first one's rows are those of its own turn
-                self.rows[known:] = [r for r in self.rows[known:] if r["provider"] == name]
-            self.write()
-            del candidate
-            gc.collect()
-
-    def write(self) -> None:
-        """Write all rows so far."""
-        write_csv(self.args.out / "bench_psa.csv", self.rows)
-
-    def _prepare_all(
-        self, settings: Settings, points: Sequence[Point], deadline: float
-    ) -> dict[str, Candidate]:
-        """Prepare and check every provider, each in its faster memory format."""
-        checkers = NetworkCheckers(points[0].workload, points[0].settings)
-        found: dict[str, Candidate] = {}
-        for name in self.names:
-            if not PROVIDERS[name].fits(settings.scope, settings.mode):
-                continue
-            if found and time.perf_counter() > deadline:
-                found[name] = Candidate(self.row(settings, name) | {"note": OUT_OF_TIME}, None)
-                continue
-            found[name] = self._prepare_best(name, points, checkers)
-        return found
-
-    def _prepare_best(
-        self, name: str, points: Sequence[Point], checkers: NetworkCheckers
-    ) -> Candidate:
-        """Prepare and check a provider in its faster memory format."""
-        tried = points[:1] if PROVIDERS[name].chooses_memory_format else points
-        candidates = [self._prepare(name, point, checkers) for point in tried]
-        best = self._fastest(candidates)
-        self.rows += [c.row for c in candidates if c.row["ok"] is False and c is not best]
-        return best
-
-    def _prepare(self, name: str, point: Point, checkers: NetworkCheckers) -> Candidate:
-        """Prepare a provider, run it once and compare its result with the expected one."""
-        settings, workload = point
-        row = self.row(settings, name)
-        try:
-            prepared = PROVIDERS[name].prepare(workload, settings.mode, settings.autocast)
-            with ef.use_backend(prepared.choice):
-                accuracy = checkers.of(name).check(prepared.step())
-        except Exception as error:  # an error of one provider must not end the others
-            # A variant of a backend may refuse a size: that is not a failure.
-            refused = name in PATHS and isinstance(error, ValueError)
-            return Candidate(row | ({"note": str(error)} if refused else failure(error)), None)
-        row |= {"backend": prepared.backend, **accuracy._asdict()}
-        if accuracy.ok:
-            return Candidate(row, prepared)
-        note = "WRONG: the error is over its bound, so it isn't timed"
-        return Candidate(row | {"note": note}, None)
-
-    def _fastest(self, candidates: Sequence[Candidate]) -> Candidate:
-        """Return the fastest candidate; the first one if none has a right result."""
-        right = {str(i): c.prepared for i, c in enumerate(candidates) if c.prepared is not None}
-        if len(right) < 2:
-            return candidates[int(next(iter(right), 0))]
-        clock = next(iter(self.clocks.values()))
-        variants = {key: make_variant(prepared) for key, prepared in right.items()}
-        timings = interleave(variants, clock, reps=5, seconds=0)
-        return candidates[int(min(timings, key=lambda key: timings[key].p50))]
-
-    def _measure_memory(self, candidates: Mapping[str, Candidate]) -> None:
-        """Add the peak memory of each candidate's step to its row."""
-        for row, prepared in candidates.values():
-            if prepared is not None and prepared.memory_step is not None:
-                with ef.use_backend(prepared.choice):
-                    row["peak_extra_bytes"] = peak_extra_bytes(prepared.memory_step, self.device)
-
-    def _time(
-        self,
-        settings: Settings,
-        workload: Workload,
-        candidates: Mapping[str, Candidate],
-        seconds: float,
-    ) -> None:
-        """Time the candidates against each other with every clock and collect their rows."""
-        rows = {name: candidate.row for name, candidate in candidates.items()}
-        variants = {n: make_variant(c.prepared) for n, c in candidates.items() if c.prepared}
-        if workload.output_bytes is not None:
-            out = torch.cat([x.detach() for x in workload.inputs], 1)
-            variants["copy"] = Variant(out.clone, nullcontext)
-            rows["copy"] = self.row(settings, "copy") | {"backend": "pytorch"}
-        for cache, clock in self.clocks.items():
-            share = seconds / len(self.clocks)
-            timings = interleave(variants, clock, self.args.reps, share)
-            for name, row in rows.items():
-                timed = {"cache": cache, "clock": clock.name}
-                if name in timings:
-                    timed |= result_columns(name, timings, settings.mode, workload.output_bytes)
-                self.rows.append(row | timed)
-
-    def fail(self, settings: Settings, error: Exception) -> None:
-        """Record a point that failed as a whole, for example for lack of memory."""
-        self.rows.append(self.row(settings, "all") | failure(error))
-
-    def row(self, settings: Settings, provider: str) -> dict[str, object]:
-        """Return a row without results."""
-        row: dict[str, object] = dict.fromkeys(COLUMNS, "")
-        about = {"provider": provider, "input": self.args.input}
-        return row | settings.columns | self.environment | about
-
-
-def make_variant(prepared: Prepared) -> Variant:
-    """Wrap a step for ``interleave``, which runs it with its backend."""
-    return Variant(prepared.step, functools.partial(ef.use_backend, prepared.choice))
-
-
-def result_columns(
-    name: str, timings: Mapping[str, Timing], mode: str, output_bytes: int | None
-) -> dict[str, object]:
-    """Return a provider's columns: its time, its speed-up over eager and its traffic."""
-    timing = timings[name]
-    row = timing_columns(timing)
-    if eager := timings.get("eager"):
-        row["speedup"] = eager.p50 / timing.p50
-        row["tie"] = timing is not eager and timing.ties(eager)
-    if output_bytes is not None:
-        necessary = NECESSARY["inference" if name == "copy" else mode]
-        rate, copy_rate = necessary / timing.p50, 2 / timings["copy"].p50  # in N per ms
-        row |= {
-            "necessary_bytes": necessary * output_bytes,
-            "gbps": rate * output_bytes / 1e6,
-            "copy_gbps": copy_rate * output_bytes / 1e6,
-            "percent_of_copy": 100 * rate / copy_rate,
-        }
-    return row
+def make_runner(args: argparse.Namespace, results: Results) -> Runner:
+    """Return the runner of these arguments."""
+    source = Source(
+        args.device,
+        args.input,
+        dict.fromkeys(filter(None, map(baseline_of, args.providers))),
+        args.plan_file,
+        args.kernels,
+        args.groups,
+        tuple(args.shape[1:]) if args.shape else Source.image_shape,
+        args.build,
+    )
+    trace = args.out if args.trace else None
+    return Runner(source, args.providers, args.cache, results, args.reps, args.pairs, trace)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every point, write the files and print the table; return the exit status."""
+    """Measure every case, write the files and print the table; return the exit status."""
     began = time.perf_counter()
-    if threads := args.threads or (1 if args.device.type == "cpu" else None):
-        torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True  # for all providers alike
-    args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args)
-    points = sweep(args)
-    for i, settings in progress(points, "case", words):
+    args.append |= args.prepare_only  # or results.csv would lose its rows
+    results = open_results(args)
+    runner, cases = make_runner(args, results), sweep(args)
+    for i, case in progress(cases, "case", lambda case: " ".join(map(str, case))):
         left = args.seconds - (time.perf_counter() - began)
         if left <= 0 and i > 0:
-            bench.rows.append(bench.row(settings, "all") | {"note": OUT_OF_TIME})
-            continue
-        try:
-            with torch.set_grad_enabled(settings.mode != "inference"):
-                bench.measure(settings, left / (len(points) - i), left)
-        except RuntimeError as error:
-            bench.fail(settings, error)
-        bench.write()  # the rows so far survive a crash
-        gc.collect()
-    bench.write()
-    print(table([row for row in bench.rows if row["provider"] != "all"]))
-    for line in notes(bench):
+            runner.add(runner.row(case, "all") | {"note": OUT_OF_TIME})
+        elif args.prepare_only:
+            runner.prepare_only(case, began + args.seconds)
+        else:
+            runner.measure(case, left / (len(cases) - i), left)
+    if args.prepare_only:
+        return 0
+    shown = [row for row in results.rows if row["provider"] != "all"]
+    print(results_table(shown) if shown else "nothing was measured")
+    for line in notes(runner, results.rows):
         print(line)
-    files = "bench_psa.csv"
+    files = ["results.csv"]
     if not args.no_plot:
-        plotted = plot(args.out / "bench_psa.png", bench.rows, title(bench))
-        files += ", bench_psa.png" if plotted else " (no plot: no matplotlib)"
-    print(f"{time.perf_counter() - began:.0f} s; written to {args.out}: {files}")
-    return 1 if any(row["ok"] is False for row in bench.rows) else 0
+        files += draw(args.out)
+    print(f"{time.perf_counter() - began:.0f} s; written to {args.out}: {', '.join(files)}")
+    return 1 if any(row["ok"] is False for row in results.rows) else 0
 
 
-def title(bench: Bench) -> str:
-    """Return the title of the plot: the settings that do not vary, and the machine."""
-    args, env = bench.args, bench.environment
-    batches = [f"batch {batch}" for batch in args.batch]
-    varied = (args.mode, batches, args.dtype, args.memory_format)
-    fixed = [values[0] for values in varied if len(values) == 1]
-    machine = f"{env['device']}, torch {env['torch']}, threads {env['threads']}"
-    return f"PSA {args.scope}, {', '.join(fixed)}\n{machine}"
+def draw(out: Path) -> list[str]:
+    """Draw the pictures of results.csv; return their names, or why there are none."""
+    if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("pandas") is None:
+        return ["no PNG, which needs matplotlib and pandas"]
+    from plots import draw_all
+
+    return [path.name for path in draw_all([out / "results.csv"], out)]
 
 
-def notes(bench: Bench) -> list[str]:
+def notes(runner: Runner, rows: Sequence[dict[str, object]]) -> list[str]:
     """Return the lines below the table: the machine, and each provider without a timing."""
-    env, device = bench.environment, bench.device
+    env, device = runner.environment, runner.device
+    clocks = " and ".join(clock.name for clock in runner.clocks.values())
     lines = [
-        f"{env['device']}, {env['threads']} thread(s), torch {env['torch']}; "
-        f"{' and '.join(clock.name for clock in bench.clocks.values())}; "
-        f"input {bench.args.input}; error against the float64 oracle"
+        f"{env['device']}, {env['threads']} thread(s), torch {env['torch']}; {clocks}; "
+        f"input {runner.source.input}; error against the float64 oracle"
     ]
-    ran = {str(r["backend"]) for r in bench.rows if r["provider"] == "fused" and r["ok"]}
-    if ran == {"reference"}:
+    if {str(r["backend"]) for r in rows if r["provider"] == "fused" and r["ok"]} == {"reference"}:
         lines.append(
             f"fused: no compiled backend runs on {device.type} here, so it is plain PyTorch "
             f"behind the operator; expect 'cleaned' plus the operator's own cost"
         )
-    lines += [f"skipped {name}: {reason}" for name, reason in bench.skipped.items()]
-    late = [row for row in bench.rows if str(row["note"]).startswith("skipped")]
-    unreached = sum(row["provider"] == "all" for row in late)
-    lines += dict.fromkeys(
-        f"skipped {label(r, AXES)} {r['provider']}: out of time"
-        for r in late
-        if r["provider"] != "all"
-    )
-    wrong = [row for row in bench.rows if row["ok"] is False]
-    lines += dict.fromkeys(f"FAILED {label(r, AXES)} {r['provider']}: {r['note']}" for r in wrong)
-    if unreached:
-        lines.append(f"INCOMPLETE: {unreached} case(s) not begun within --seconds")
-    return lines
+    lines += [f"skipped {name}: {reason}" for name, reason in runner.skipped.items()]
+    for row in rows:
+        if row["note"]:
+            kind = "FAILED " if row["ok"] is False else ""
+            point = " ".join(str(row[key]) for key in ("mode", "case", "batch", "dtype"))
+            lines.append(f"{kind}{point} {row['provider']}: {row['note']}")
+    return list(dict.fromkeys(lines))
+
+
+def list_providers(device: torch.device) -> str:
+    """Return a line for each provider: its scopes, and why it can't run here if it can't."""
+    lines = []
+    for name, provider in PROVIDERS.items():
+        reason = provider.unavailable_reason(device)
+        unavailable = f" [not here: {reason}]" if reason else ""
+        lines.append(f"{name}: {provider.about} ({', '.join(provider.scopes)}){unavailable}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
+    args = parse(arguments)
+    if args.list_providers:
+        print(list_providers(args.device))
+        return 0
+    if args.list_cases:
+        print("\n".join(" ".join(map(str, case)) for case in sweep(args)))
+        return 0
+    return run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(run(parse()))
+    sys.exit(main())

@@ -1,245 +1,191 @@
-"""Draw plots from the CSV files of bench_psa.py.
+"""Draw pictures of CSV files: the network, the tail against its limit, and memory.
 
-    python benchmarks/plots.py benchmarks/results/cpu-intel-xeon
+    python benchmarks/plots.py out/results.csv --out out
 
-reads all such files in the folder and draws up to four plots: the speed-up of the tail by stage and
-batch, its bandwidth beside that of a copy, the latency of the network beside ResNet-50's, and the
-peak memory of a call.
-
-    python benchmarks/plots.py benchmarks/results/cpu-intel-xeon --network
-
-draws one plot, network.png: the network in inference beside ResNet-50, as README shows it.
+Only the rows count: nothing is measured. A picture is drawn if there are rows for it. All axes are
+linear and start at 0, and a provider has one colour everywhere. A result that was judged wrong is
+marked and has no bar.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from report import COLUMNS, CsvRow, ResultRow, label, read_csv, varying_axes
+import pandas as pd
+from harness.networks import baseline_of
+from harness.providers import PROVIDERS
+from harness.results import POINT, read_rows
 
 from epsanet_fused.utils.atomic_write import write_atomically
 
-Value = tuple[float, float, float]  # low, middle, high
-# For each series, for example a provider, its values by place on the x axis.
-Series = Mapping[str, Mapping[str, Value]]
-# A plot shows one dtype and one cache: the first of these that was measured.
-DTYPES = ("float16", "bfloat16", "float32")
-CACHES = ("cold", "warm")
-
-
-class Topic(NamedTuple):
-    """One plot: the rows and the value that it shows."""
-
-    scopes: tuple[str, ...]
-    value: Callable[[ResultRow], Value]
-    unit: str
-    column: str  # rows without a value in it are left out
-    batches: str  # "beside": all in one panel; "apart": a panel for each; "largest": the largest
-
-
-def _milliseconds(row: ResultRow) -> Value:
-    low, middle, high = (float(str(row[f"ms_{p}"])) for p in ("p20", "p50", "p80"))
-    return low, middle, high
-
-
-def _scaled(column: str, by: float = 1.0) -> Callable[[ResultRow], Value]:
-    return lambda row: (float(str(row[column])) * by,) * 3
-
-
-TAILS, WITH_CONVS = ("tail", "norm"), ("module", "block", "network")
-TOPICS = {
-    "speedup": Topic(TAILS, _scaled("speedup"), "times as fast as eager", "speedup", "beside"),
-    "bandwidth": Topic(("tail",), _scaled("gbps"), "GB/s of necessary bytes", "gbps", "beside"),
-    "latency": Topic(WITH_CONVS, _milliseconds, "ms (median, p20 to p80)", "ms_p50", "apart"),
-    "memory": Topic(
-        (*TAILS, *WITH_CONVS),
-        _scaled("peak_extra_bytes", 1e-6),
-        "peak extra memory, MB",
-        "peak_extra_bytes",
-        "largest",
-    ),
+WIDTH, HEIGHT, DPI = 15.0, 9.5, 100  # inches, and pixels per inch: at most 1,600 x 1,000
+# The words and the colour of the usual providers. The others keep their names.
+STYLES = {
+    "eager": ("official, eager", "#8c8c8c"),
+    "cleaned": ("our formulation in plain PyTorch", "#c4b08b"),
+    "compile": ("official, torch.compile", "#e69f00"),
+    "compile-freezing": ("official, torch.compile, frozen", "#d55e00"),
+    "onnxruntime": ("official, ONNX Runtime", "#009e73"),
+    "openvino": ("official, OpenVINO", "#cc79a7"),
+    "fused": ("this package, fused", "#56b4e9"),
+    "planned": ("this package, merged groups", "#1fa2a2"),
+    "optimized": ("this package, optimized", "#0072b2"),
+    "optimized-compile": ("this package, optimized, compiled", "#003f6b"),
+    "optimized-graph": ("this package, optimized, CUDA graph", "#5a3fb0"),
+    "apart": ("psa_tail, norm, ReLU apart", "#7fae3f"),
 }
+BASELINE_NAMES = {"resnet50": "ResNet-50"}
+NUMBERS = ("ms_p50", "batch", "necessary_bytes", "peak_extra_bytes")
+# What a picture shows if the rows have several: the first of these.
+FIRST = {"dtype": ("float16", "bfloat16", "float32"), "cache": ("cold", "warm")}
+TAILS = ("tail", "norm")
 
 
-def rows_in(folder: Path) -> list[CsvRow]:
-    """Read all rows of bench_psa.py in the folder. Other CSV files are left out."""
-    tables = [read_csv(path) for path in sorted(folder.glob("*.csv"))]
-    return [row for rows in tables if rows and set(COLUMNS) <= set(rows[0]) for row in rows]
+def load(paths: Sequence[Path]) -> pd.DataFrame:
+    """Read the rows of some files: one for each point and provider, the fastest memory format.
+
+    Raises:
+        ValueError: if a file lacks a column.
+    """
+    rows = pd.DataFrame([row for path in paths for row in read_rows(path)])
+    needed = (*POINT, "provider", "note", "ok", "device", "threads", "torch", *NUMBERS)
+    if missing := [name for name in needed if name not in rows]:
+        raise ValueError(f"must be CSV files of the benchmarks, but they lack {missing[0]}")
+    for name in NUMBERS:
+        rows[name] = pd.to_numeric(rows[name])
+    rows["state"] = rows["note"].map(lambda note: "WRONG" if note.startswith("WRONG") else "failed")
+    shown = rows["ms_p50"].notna() | (rows["ok"] == "False")
+    return rows[shown & (rows["provider"] != "all")]
 
 
-def draw_all(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Write all plots into one PDF file, a page for each. Without matplotlib, write nothing."""
-    try:
-        pyplot()
-    except ModuleNotFoundError:
-        return
-    from matplotlib.backends.backend_pdf import PdfPages
-
-    data = io.BytesIO()
-    with PdfPages(data) as pages:
-        for figure in figures(rows).values():
-            pages.savefig(figure)
-            pyplot().close(figure)
-    write_atomically(path, data.getvalue())
-
-
-def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Draw a figure for each topic that has rows."""
-    panels = {name: panels_of(topic, rows) for name, topic in TOPICS.items()}
-    return {name: _figure(TOPICS[name], found) for name, found in panels.items() if found}
-
-
-def panels_of(topic: Topic, rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
-    """Return the rows of each panel by the panel's title."""
-    timed = [row for row in rows if row["ms_p50"] != ""]
-    shown = [row for row in timed if row["scope"] in topic.scopes and row[topic.column] != ""]
-    if topic.column == "speedup":  # a copy does not compute the tail
-        shown = [row for row in shown if row["provider"] != "copy"]
-    kinds = dict.fromkeys(map(_kind, shown))
-    panels: dict[str, list[ResultRow]] = {}
-    for kind in kinds:
-        of_kind = [row for row in shown if _kind(row) == kind]
-        for axis, order in (("dtype", DTYPES), ("cache", CACHES)):
-            first = next(value for value in order if any(r[axis] == value for r in of_kind))
-            of_kind = [row for row in of_kind if row[axis] == first]
-        if topic.batches == "largest":
-            largest = max(int(str(row["batch"])) for row in of_kind)
-            of_kind = [row for row in of_kind if row["batch"] == str(largest)]
-        for row in of_kind:
-            panels.setdefault(_title(topic, row), []).append(row)
-    return panels
-
-
-def _kind(row: ResultRow) -> tuple[object, ...]:
-    """Return what is compared in one panel: rows of one step on one device."""
-    return row["scope"], row["mode"], row["device"], row.get("step", "")
-
-
-def _title(topic: Topic, row: ResultRow) -> str:
-    words = [row["scope"], row["mode"], row["dtype"]]
-    # With convolutions, each provider is shown in its faster memory format.
-    words += [row["layout"], row["cache"]] if row["scope"] in TAILS else []
-    words += [] if topic.batches == "beside" else [f"batch {row['batch']}"]
-    words += [f"step {row['step']}"] if row.get("step") else []
-    return f"{', '.join(map(str, words))}\n{row['device']}"
-
-
-def series_of(topic: Topic, rows: Sequence[ResultRow]) -> Series:
-    """Return each provider's value by stage and batch: of several rows, that of the fastest."""
-    best: dict[str, dict[str, ResultRow]] = {}
-    for row in rows:
-        beside = topic.batches == "beside"
-        place = f"{row['stage']} x {row['batch']}" if beside else str(row["stage"])
-        places = best.setdefault(str(row["provider"]), {})
-        if place not in places or float(str(row["ms_p50"])) < float(str(places[place]["ms_p50"])):
-            places[place] = row
+def network_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the milliseconds of the network by dtype and batch, each in its faster format."""
+    rows = rows[rows["scope"] == "network"].sort_values("ms_p50", kind="stable")
+    rows = rows.drop_duplicates(["mode", "dtype", "batch", "provider"])
+    rows = rows.assign(value=rows["ms_p50"], narrow=rows["dtype"] != "float32")
+    by = ["mode", "narrow", "dtype", "batch"]
     return {
-        provider: {place: topic.value(row) for place, row in places.items()}
-        for provider, places in best.items()
+        f"{mode}, {dtype}, batch {batch}": panel
+        for (mode, _, dtype, batch), panel in rows.groupby(by, sort=True)
     }
 
 
-def _figure(topic: Topic, panels: Mapping[str, Sequence[ResultRow]]) -> Any:
-    """Draw the panels of a topic below each other."""
-    all_series = {title: series_of(topic, rows) for title, rows in panels.items()}
-    places = max(len({x for by_place in s.values() for x in by_place}) for s in all_series.values())
-    size = (min(24.0, max(7.0, 1.6 * places)), 3.6 * len(panels))
-    figure, axes = pyplot().subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
-    for ax, (title, series) in zip(axes[:, 0], all_series.items(), strict=True):
-        grouped_bars(ax, series)
-        ax.set_title(title, fontsize=9)
-        ax.set_ylabel(topic.unit)
+def tail_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the tail's speed in percent of its limit: a copy of the bytes that it has to move."""
+    rows = narrowed(rows[rows["scope"] == "tail"])
+    copies = rows[rows["provider"] == "copy"].set_index([*POINT])
+    copies = copies[["ms_p50", "necessary_bytes"]].add_suffix("_copy")
+    rows = rows[rows["provider"] != "copy"].join(copies, on=[*POINT])
+    limit = rows["ms_p50_copy"] * rows["necessary_bytes"] / rows["necessary_bytes_copy"]
+    rows = rows.assign(value=100 * limit / rows["ms_p50"])
+    return panels_of(rows[rows["value"].notna() | rows["ms_p50"].isna()])
+
+
+def memory_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the peak extra memory of a call in MB, of the largest stage."""
+    rows = rows[(rows["peak_extra_bytes"] > 0) & (rows["mode"] != "backward")]
+    rows = rows[~rows["provider"].str.endswith("-graph")]  # a replay allocates nothing
+    kinds = [part for _, part in rows.groupby(["scope", "mode"])]
+    rows = pd.concat(
+        [narrowed(part[part["case"] == min(part["case"])]) for part in kinds] or [rows]
+    )
+    return panels_of(rows.assign(value=rows["peak_extra_bytes"] / 1e6, memory_format=""))
+
+
+def narrowed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep one dtype, one cache, and of the batches with the most rows the largest."""
+    for column, order in FIRST.items():
+        kept = next((value for value in order if (rows[column] == value).any()), None)
+        rows = rows if kept is None else rows[rows[column] == kept]
+    counts = rows["batch"].value_counts()
+    return rows[rows["batch"] == max(counts.index[counts == counts.max()], default=0)]
+
+
+def panels_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return a panel for each scope, mode and, where the tail is alone, memory format."""
+    is_tail = rows["scope"].isin(TAILS)
+    rows = rows.assign(shown=rows["memory_format"].where(is_tail, ""))
+    rows = rows.sort_values("value", kind="stable", na_position="first")
+    rows = rows.drop_duplicates(["scope", "mode", "shown", "case", "provider"])
+    by = ["scope", "mode", "dtype", "batch", "shown"]
+    return {
+        f"{scope}, {mode}, {dtype}, batch {batch} {shown}".strip(): panel
+        for (scope, mode, dtype, batch, shown), panel in rows.groupby(by, sort=True)
+    }
+
+
+def draw(title: str, unit: str, panels: dict[str, pd.DataFrame], limit: float | None = None) -> Any:
+    """Draw a panel of horizontal bars for each frame: its cases, and a bar for each provider."""
+    plt = pyplot()
+    columns = 1 if len(panels) == 1 else 2
+    grid = (-(-len(panels) // columns), columns)
+    bars = max(len(panel) for panel in panels.values())
+    height = min(HEIGHT, 1.4 + grid[0] * (0.9 + 0.27 * bars))
+    figure, axes = plt.subplots(*grid, figsize=(WIDTH, height), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (name, rows) in zip(axes.flat, panels.items(), strict=False):
+        draw_panel(ax, rows)
+        if limit is not None:
+            ax.set_xlim(0, max(ax.get_xlim()[1], 1.05 * limit))
+            ax.axvline(limit, color="black", linestyle="--", linewidth=1)
+        cases = set(rows["case"]) - {"all"}
+        ax.set_title(f"{name}, {cases.pop()}" if len(cases) == 1 else name, fontsize=10)
+        ax.set_xlabel(unit, fontsize=9)
+    rows = pd.concat(panels.values())
+    figure.suptitle(f"{title}\n{machine(rows)}", fontsize=11)
     return figure
 
 
-def plot(path: Path, rows: Sequence[ResultRow], title: str) -> bool:
-    """Draw grouped bars of the median on a log scale, with whiskers from p20 to p80.
-
-    Returns:
-        False if matplotlib is not installed: then no plot is written.
-    """
-    try:
-        plt = pyplot()
-    except ModuleNotFoundError:
-        return False
-    timed = [row for row in rows if row["ms_p50"] != ""]
-    varying = varying_axes(timed)
-    series: dict[str, dict[str, Value]] = {}
-    for row in timed:
-        series.setdefault(str(row["provider"]), {})[label(row, varying)] = _milliseconds(row)
-    cases = len({label(row, varying) for row in timed})
-    figure, ax = plt.subplots(figsize=(max(7.0, 1.6 * cases), 4.5))
-    grouped_bars(ax, series)
-    if varying:
-        ax.tick_params("x", labelrotation=30)
-    ax.set_yscale("log")
-    ax.set_ylabel("ms per call (median, p20 to p80)")
-    ax.set_title(title, fontsize=9)
-    write_atomically(path, _png(figure))
-    return True
+def draw_panel(ax: Any, rows: pd.DataFrame) -> None:
+    """Draw the bars of one panel, with their values."""
+    order = {name: i for i, name in enumerate(PROVIDERS)}
+    places = rows["provider"].map(lambda name: order.get(name, len(order)))
+    rows = rows.assign(place=places).sort_values(["case", "place"], kind="stable")
+    several = rows["case"].nunique() > 1
+    for y, row in enumerate(rows.itertuples()):
+        _, colour, hatch = style(row.provider)
+        if pd.isna(row.value):
+            ax.text(0, y, f" {row.state}", va="center", color="red", fontsize=8)
+        else:
+            ax.barh(y, row.value, color=colour, hatch=hatch, edgecolor="white", height=0.8)
+            value = f"{row.value:.3g}" if row.value < 1000 else f"{row.value:,.0f}"
+            ax.text(row.value, y, f" {value}", va="center", fontsize=8)
+    names = [style(row.provider)[0] for row in rows.itertuples()]
+    if several:
+        names = [f"{case}  {name}" for case, name in zip(rows["case"], names, strict=True)]
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    largest = rows["value"].max()
+    ax.set_xlim(0, 1.12 * largest if largest > 0 else 1)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
-def grouped_bars(ax: Any, series: Series) -> None:
-    """Draw a group of bars for each place on the x axis, one bar per series, with whiskers."""
-    places = list(dict.fromkeys(place for values in series.values() for place in values))
-    width = 0.8 / max(1, len(series))
-    for i, (name, values) in enumerate(series.items()):
-        x = [places.index(place) + i * width for place in values]
-        low, middle, high = zip(*values.values(), strict=True)
-        below = [m - lo for m, lo in zip(middle, low, strict=True)]
-        above = [hi - m for m, hi in zip(middle, high, strict=True)]
-        whiskers = {"yerr": [below, above], "capsize": 2} if any(below + above) else {}
-        ax.bar(x, middle, width, label=name, **whiskers)
-    ax.set_xticks([x + 0.4 - width / 2 for x in range(len(places))], places)
-    if series:
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+def style(provider: str) -> tuple[str, Any, str]:
+    """Return a provider's words, its colour, and the hatch of another network."""
+    baseline = baseline_of(provider)
+    base = provider.partition(":")[2] if baseline else provider
+    fallback = pyplot().get_cmap("tab20b")([*PROVIDERS, base].index(base) % 20)
+    words, colour = STYLES.get(base, (base, fallback))
+    if baseline is None:
+        return words, colour, ""
+    return f"{BASELINE_NAMES[baseline]}, {words.removeprefix('official, ')}", colour, "//"
 
 
-# The bars of network.png from top to bottom: provider, label, colour.
-NETWORK_BARS = {
-    "eager": ("EPSANet-50, official, eager", "#9e9e9e"),
-    "compile-freezing": ("EPSANet-50, official, compiled", "#9e9e9e"),
-    "optimized": ("EPSANet-50, optimized", "#1f6fb4"),
-    "optimized-compile": ("EPSANet-50, optimized, compiled", "#1f6fb4"),
-    "resnet50:eager": ("ResNet-50, eager", "#d9c3a5"),
-    "resnet50:compile-freezing": ("ResNet-50, compiled", "#d9c3a5"),
-}
-
-
-def network_figure(rows: Sequence[ResultRow]) -> Any:
-    """Draw the time of the network in inference beside ResNet-50, one panel per dtype and batch."""
-    shown = [r for r in rows if (r["scope"], r["mode"]) == ("network", "inference")]
-    shown = [r for r in shown if r["provider"] in NETWORK_BARS and r["ms_p50"] != ""]
-    panels: dict[tuple[str, str], dict[str, float]] = {}
-    for row in sorted(shown, key=lambda r: (r["dtype"] != "float32", r["dtype"], int(r["batch"]))):
-        times = panels.setdefault((row["dtype"], row["batch"]), {})
-        times[row["provider"]] = min(float(row["ms_p50"]), times.get(row["provider"], math.inf))
-    figure, axes = pyplot().subplots(
-        -(-len(panels) // 2), 2, figsize=(10, 5.2), squeeze=False, layout="constrained"
-    )
-    for ax, ((dtype, batch), times) in zip(axes.flat, panels.items(), strict=False):
-        for provider, (name, colour) in NETWORK_BARS.items():
-            if provider in times:
-                ax.bar_label(ax.barh(name, times[provider], color=colour), fmt="{:.1f}", padding=3)
-        ax.set_title(f"{dtype}, batch {batch}", fontsize=10)
-        ax.set_xlabel(f"ms per call ({shown[0]['clock']}, median)", fontsize=9)
-        ax.set_xlim(0, 1.2 * max(times.values()))
-        ax.invert_yaxis()
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params("y", labelleft=ax in axes[:, 0])
-    threads = "one thread" if shown[0]["threads"] == "1" else f"{shown[0]['threads']} threads"
-    figure.suptitle(
-        f"Inference at 224x224 on {threads} of {shown[0]['device']}, "
-        f"torch {shown[0]['torch']}, epsanet_fused {shown[0]['epsanet_fused']}",
-        fontsize=11,
-    )
-    return figure
+def machine(rows: pd.DataFrame) -> str:
+    """Return the device, the threads and the versions of the rows."""
+    found = []
+    for column, words in (("device", ""), ("threads", " thread(s)"), ("clock", " per call")):
+        found += [f"{value}{words}" for value in rows[column].unique()]
+    for column in ("torch", "cuda", "triton", "epsanet_fused"):
+        found += [f"{column} {value}" for value in rows[column].unique() if value]
+    rivals = rows["backend"].str.extract(r"^((?:onnxruntime|openvino) \S+)")[0].dropna()
+    return ", ".join([*found, *rivals.unique()])
 
 
 def pyplot() -> Any:
@@ -252,27 +198,43 @@ def pyplot() -> Any:
     return plt
 
 
-def _png(figure: Any) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
-    pyplot().close(figure)
-    return data.getvalue()
+PICTURES = {
+    "network": (network_panels, "Time of a network: less is better", "ms per call (median)", None),
+    "tail": (
+        tail_panels,
+        "Speed of the tail: more is better; the line is a copy of the bytes that it has to move",
+        "percent of the limit",
+        100.0,
+    ),
+    "memory": (memory_panels, "Peak extra memory of one call: less is better", "MB", None),
+}
+
+
+def draw_all(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Write a picture for each topic that has rows; return the files."""
+    rows, files = load(paths), []
+    for name, (panels_for, title, unit, limit) in PICTURES.items():
+        panels = panels_for(rows)
+        if panels:
+            figure = draw(title, unit, panels, limit)
+            data = io.BytesIO()
+            figure.savefig(data, format="png", dpi=DPI)
+            pyplot().close(figure)
+            write_atomically(out / f"{name}.png", data.getvalue())
+            files.append(out / f"{name}.png")
+    return files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="folder of CSV files; plots are written there")
-    parser.add_argument("--network", action="store_true", help="draw network.png only")
+    parser.add_argument("files", type=Path, nargs="+", help="CSV files of the benchmarks")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder (default: this one)")
     args = parser.parse_args(argv)
-    if not (rows := rows_in(args.folder)):
-        parser.error(
-            f"argument folder: must hold a CSV of bench_psa.py, but {args.folder} has none"
-        )
-    drawn = {"network": network_figure(rows)} if args.network else figures(rows)
-    for name, figure in drawn.items():
-        path = args.folder / f"{name}.png"
-        write_atomically(path, _png(figure))
-        print(path)
+    try:
+        files = draw_all(args.files, args.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument files: {error}")
+    print("\n".join(map(str, files)) or "no row to draw")
     return 0
 
 

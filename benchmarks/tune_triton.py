@@ -1,285 +1,217 @@
-"""Time other entries of the Triton kernels' table, each against the present one: a CSV file.
+"""Time other entries of the Triton kernels' table, each against the present one.
 
     python benchmarks/tune_triton.py --out out
 
-backends/triton/config.py determines how the kernels are cut into programs. This tries a few other
-values for each entry, at the sizes that use it, and times the launch of that kernel alone; the gate
-is timed together with the sums. A time below 1 in the last table is that of a faster entry. From
-batch 2 on, the last-level cache is emptied before each launch, as with --cache cold of
-bench_psa.py; a batch of one stays in the cache. Launches are captured in CUDA graphs, which leaves
-the host's time out.
-
-Other processes compile the kernels meanwhile, one per core, in the order of the timings.
+backends/triton/config.py determines how the kernels are cut into programs. This tries other values
+of each entry and times the whole tail (its forward, its backward, and psa_tail_norm in training) in
+CUDA graphs. The provider of a row is the entry with its value: of SUM the tile, the tile of
+products, the pixels and the warps. ``speedup`` is that over "triton", the present table;
+``max_error`` is the largest difference from its results, relative to the largest of them. From
+batch 2 on the cache is cold. Entries on which no kernel of a case depends are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import functools
+import gc
+import itertools
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-import triton
-from aot_compile import compiler_pool, record_launches
-from environment import describe
-from inputs import MEMORY_FORMATS, STAGES
-from l2_flush import make_clock
-from options import DTYPES, add_shared, parse_shared, positive_int
-from report import MACHINE, OUT_OF_TIME, ResultRow, align, failure, timing_columns, write_csv
+from harness.cases import MEMORY_FORMATS, STAGES, Case, Source, Workload, shape_of
+from harness.clock import make_clock
+from harness.machine import describe
+from harness.options import DTYPES, add_shared, open_results, parse_shared, positive_int
+from harness.providers import PROVIDERS, graphed
+from harness.results import OUT_OF_TIME, WRONG, failure, results_table, timing_columns
+from harness.steps import Step
 from torch import Tensor
 from triton.runtime.errors import TritonError
-from tune_cases import (
-    KINDS,
-    PRESENT,
-    Case,
-    Override,
-    applied,
-    compile_ahead,
-    distinct,
-    plan,
-    prepare,
-    trials,
-)
 
-from epsanet_fused.backends.triton import unavailable_reason
+import epsanet_fused as ef
+from epsanet_fused.backends.triton import common, config
+from epsanet_fused.utils import timing
 from epsanet_fused.utils.progress import progress
-from epsanet_fused.utils.timing import Clock, Variant, interleave
 
-COLUMNS = (
-    "setting", "present", "candidate", "kind", "stage", "batch", "dtype", "layout", "cache",
-    "kernels", "ms_p20", "ms_p50", "ms_p80", "samples", "clock", "ratio", "tie", "registers",
-    "spills", "difference", "ok", "note", *MACHINE,
-)  # fmt: skip
-REPS = 40
-MAX_OVERRIDES = 12  # of one entry, for one case
-MAX_SECONDS = 1.0  # for one case
-# The launches in one graph with a warm cache: the host's replay takes longer than one launch.
-WARM_LAUNCHES = 20
-# The largest difference from the present results, relative to the largest of them: another config
-# adds in another order.
-MAX_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-Launch = Callable[[], Sequence[Tensor]]
-
-
-class Tuner:
-    """Times one case after another and collects the rows."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.device: torch.device = args.device
-        self.reps: int = args.reps
-        self.max_overrides: int = args.max_overrides
-        caches = ("warm", "cold") if self.device.type == "cuda" else ("warm",)
-        self.clocks: dict[str, Clock] = {c: make_clock(self.device, c == "cold") for c in caches}
-        self.environment = describe(self.device)
-        self.rows: list[dict[str, object]] = []
-
-    def measure_or_skip(self, case: Case, seconds: float) -> None:
-        """Measure a case; record it as skipped without time, and as failed after an error."""
-        try:
-            if seconds > 0:
-                self.measure(case, seconds)
-            else:
-                self._record(case, {"note": OUT_OF_TIME})
-        except (RuntimeError, TritonError) as error:
-            self._record(case, failure(error))
-
-    def measure(self, case: Case, seconds: float) -> None:
-        """Time all overrides interleaved with the present table; equal configs are timed once."""
-        tried = trials(case, self.max_overrides)
-        configs = distinct(tried)
-        present = tried[0][1]
-        launch = prepare(case, self.device)
-        expected = [result.clone() for result in totals(case, launch())]
-        checks = {cfg: check(case, launch, o, expected) for cfg, o in configs.items()}
-        if checks[present]["ok"] is not True:
-            raise RuntimeError(f"the present table: {checks[present]['note'] or 'not run'}")
-        on_gpu = self.device.type == "cuda"
-        cache = "cold" if on_gpu and case.batch > 1 else "warm"
-        repeats = WARM_LAUNCHES if on_gpu and cache == "warm" else 1
-        variants = {
-            cfg: self._variant(launch, override, repeats)
-            for cfg, override in configs.items()
-            if checks[cfg]["ok"] is True
-        }
-        clock = self.clocks[cache]
-        timings = interleave(variants, clock, self.reps, seconds)
-        for override, cfg in tried:
-            row = self._shared_columns(case, override) | checks[cfg]
-            row |= {"cache": cache, "clock": clock.name}
-            if cfg in timings:
-                timing = timings[cfg]
-                row |= timing_columns(timing, repeats)
-                row["ratio"] = timing.p50 / timings[present].p50
-                row["tie"] = timing.ties(timings[present])
-            self.rows.append(row)
-
-    def _record(self, case: Case, columns: Mapping[str, object]) -> None:
-        """Record a case without timings."""
-        self.rows.append(self._shared_columns(case, PRESENT) | columns)
-
-    def _shared_columns(self, case: Case, override: Override) -> dict[str, object]:
-        return (
-            dict.fromkeys(COLUMNS, "")
-            | self.environment
-            | {
-                "setting": override.setting,
-                "present": override.present,
-                "candidate": override.name,
-                "kind": case.kind,
-                "stage": case.stage,
-                "batch": case.batch,
-                "dtype": case.dtype,
-                "layout": case.memory_format,
-            }
-        )
-
-    def _variant(self, launch: Launch, override: Override, repeats: int) -> Variant:
-        """Capture the launches in a CUDA graph; on a CPU return the launch itself."""
-        if self.device.type != "cuda":
-            return Variant(launch, partial(applied, override))
-        graph = torch.cuda.CUDAGraph()
-        with applied(override), torch.cuda.graph(graph):
-            for _ in range(repeats):
-                launch()
-        return Variant(graph.replay)
+Entry = tuple[str, object]  # an attribute of config, and a value of it
+Row = dict[str, object]
+PRESENT = "triton"  # the provider of the present table
+WRITES = ((2, 1, 1), (2, 1, 2), (1, 1, 0.5), (4, 1, 2), (0.5, 1, 0.5), (4, 1, 4), (1, 1, 2))
+FACTORS = {  # for the fields of each row
+    "SUM": (
+        (2, 2, 1, 2), (0.5, 0.5, 1, 0.5), (0.5, 0.5, 1, 1), (2, 2, 1, 1), (1, 1, 1, 2),
+        (1, 1, 0.25, 1), (1, 1, 0.125, 1), (1, 1, 0.5, 1), (1, 1, 2, 1), (1, 1, 1, 0.5),
+    ),
+    "RECALIBRATE": WRITES,
+    "NORMALIZE": WRITES,
+}  # fmt: skip
+NUMBERS = {
+    "SPLIT_PROGRAMS": (1024, 2048, 256),
+    "LARGE_BRANCH": (1 << 20, 1 << 22),
+    "FUSED_GATE_BYTES": (0, 64 * 1024, 256 * 1024, 512 * 1024),
+}
+MAX_DIFFERENCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
+REPS, SECONDS = 40, 1.0  # for the timing of one case
 
 
-def check(
-    case: Case, launch: Launch, override: Override, expected: Sequence[Tensor]
-) -> dict[str, object]:
-    """Run a launch and compare its results; return the columns about its kernels and results."""
+def entries(case: Case) -> dict[str, Entry]:
+    """Return the entries that cut the kernels of a case in different ways, the present first."""
+    found: dict[str, Entry] = {PRESENT: ("SUM", config.SUM)}
+    for table, factors in FACTORS.items():
+        rows = getattr(config, table)
+        for (row, present), by in itertools.product(rows.items(), factors):
+            value = type(present)(*(int(a * b) for a, b in zip(present, by, strict=True)))
+            name = f"{PRESENT} {table} {row}: {' x '.join(map(str, value))}"
+            found[name] = (table, rows | {row: value})
+    for number, values in NUMBERS.items():
+        found |= {f"{PRESENT} {number}: {value}": (number, value) for value in values}
+    first_of: dict[object, str] = {}
+    for name, entry in found.items():
+        with running(case, entry):
+            first_of.setdefault(division(case), name)
+    return {name: found[name] for name in first_of.values()}
+
+
+def division(case: Case) -> object:
+    """Return how the kernels of a case are cut into programs by the table."""
+    channels, height, width = shape_of(case.case)
+    C, HW, last = channels // 4, height * width, case.memory_format == "channels_last"
+    sizes = (case.batch, 4, C, HW, case.torch_dtype.itemsize, last, case.mode != "inference")
+    sums = [config.sum_config(*sizes, common.INTERPRETED, may_fuse) for may_fuse in (True, False)]
+    is_norm = case.scope == "norm"
+    write = config.normalize_config if is_norm else config.recalibrate_config
+    written = write(C, HW, last, common.INTERPRETED)
+    # Of a dense NCHW tensor each sample is one run of memory.
+    return *sums[: 1 + is_norm], written[1:] if last else (written.block, written.warps)
+
+
+@contextmanager
+def running(case: Case, entry: Entry) -> Iterator[None]:
+    """Run a case by the triton backend under an entry; restore the one before at the end."""
+    name, value = entry
+    before = getattr(config, name)
+    setattr(config, name, value)
     try:
-        with applied(override), record_launches() as launched:
-            for result in launch():
-                result.fill_(math.nan)
-            results = totals(case, launch())
-    except (RuntimeError, TritonError) as error:  # for example, too many registers
-        return {"ok": "", "note": f"can't run: {type(error).__name__}: {error}"[:300]}
-    differences = [
-        ((r - e).abs().max() / e.abs().max().clamp(min=torch.finfo(e.dtype).tiny)).item()
-        for r, e in zip(results, expected, strict=True)
-    ]
-    row: dict[str, object] = {"difference": max(differences), "ok": True}
-    if not all(d <= MAX_DIFFERENCE[r.dtype] for d, r in zip(differences, results, strict=True)):
-        row |= {"ok": False, "note": "WRONG: so it isn't timed"}
-    if launched:  # the first kernel is the one that reads or writes the images
-        kernel = launched[0][1]
-        names = "+".join(dict.fromkeys(name for name, _ in launched))
-        row |= {"kernels": names, "registers": kernel.n_regs, "spills": kernel.n_spills}
-    return row
+        with ef.use_backend("triton"), torch.set_grad_enabled(case.mode != "inference"):
+            yield
+    finally:
+        setattr(config, name, before)
 
 
-def totals(case: Case, results: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Add up partial sums (B, splits, S, C), whose number depends on the config, over splits."""
-    return [r.sum(1) for r in results] if case.kind == "gradient_sums" else results
+def prepare(case: Case, workload: Workload, entry: Entry) -> tuple[Step, list[Tensor]]:
+    """Return a step, in a CUDA graph on a GPU, and its results."""
+    make = PROVIDERS["triton"].prepare
+    if workload.inputs[0].is_cuda:
+        make = functools.partial(graphed, make)
+    with running(case, entry):
+        step = make(workload, case).step
+        for result in step():  # what a kernel does not write must not look right
+            result.fill_(torch.nan)
+        return step, [result.clone() for result in step()]
 
 
-def summary(rows: Sequence[ResultRow]) -> str:
-    """Format a line per table entry: the best value by the geometric mean over all its cases."""
-    settings: dict[str, dict[str, list[ResultRow]]] = {}
+def compile_ahead(case: Case, device: torch.device, entry: Entry) -> None:
+    """Run a case once, in another process: this fills Triton's cache on disk."""
+    with running(case, entry):
+        PROVIDERS["triton"].prepare(Source(device, "randn").workload(case), case).step()
+
+
+def difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference relative to the largest element; NaN if there is one."""
+    pairs = zip(results, expected, strict=True)
+    found = [((r - e).abs().max() / e.abs().max()).float() for r, e in pairs]
+    return torch.stack(found).max().item()
+
+
+def measure(
+    case: Case, args: argparse.Namespace, about: Row, workers: ProcessPoolExecutor
+) -> list[Row]:
+    """Compare each entry with the present table and time the right ones; return their rows."""
+    on_gpu, tried = args.device.type == "cuda", entries(case)
+    if on_gpu:  # before the timings, which this would disturb
+        wait([workers.submit(compile_ahead, case, args.device, entry) for entry in tried.values()])
+    # With a warm cache a graph is so short that the host is slower than the device.
+    cold = on_gpu and case.batch > 1
+    clock = make_clock(args.device, True) if cold else timing.make_clock(args.device, queued=True)
+    about = about | {"cache": "cold" if cold else "warm", "clock": clock.name, "backend": "triton"}
+    workload = Source(args.device, "randn").workload(case)
+    rows, variants, expected = [], {}, []
+    for name, entry in tried.items():
+        rows.append(about | {"provider": name})
+        try:
+            step, results = prepare(case, workload, entry)
+        except (RuntimeError, TritonError) as error:  # for example, too many registers
+            if name == PRESENT:
+                raise
+            rows[-1] |= failure(error) | {"ok": ""}
+            continue
+        expected = expected or results
+        error, bound = difference(results, expected), MAX_DIFFERENCE[case.dtype]
+        rows[-1] |= {"max_error": error, "error_bound": bound, "ok": error <= bound}
+        if error <= bound:
+            variants[name] = timing.Variant(step, functools.partial(running, case, entry))
+        else:
+            rows[-1]["note"] = WRONG
+    timings = timing.interleave(variants, clock, args.reps, SECONDS)
     for row in rows:
-        if row["setting"] != PRESENT.setting:
-            by_candidate = settings.setdefault(str(row["setting"]), {})
-            by_candidate.setdefault(str(row["candidate"]), []).append(row)
-    head = ("entry", "present", "best", "cases", "time", "worst", "at", "faster", "slower")
-    lines = []
-    for setting, found in settings.items():
-        timed = {name: tried for name, tried in found.items() if all(r["ratio"] for r in tried)}
-        best = min(timed, key=lambda name: mean_ratio(timed[name]), default="")
-        present = str(next(iter(found.values()))[0]["present"])
-        lines.append((setting, present, *_comparison(best, timed.get(best, []))))
-    return align([head, *lines], left=3)
+        if row["provider"] in timings:
+            row |= timing_columns(timings[row["provider"]], timings[PRESENT])
+    return rows
 
 
-def _comparison(best: str, rows: Sequence[ResultRow]) -> tuple[str, ...]:
-    """Return the cells that compare the best value with the present one."""
-    ratios = [float(str(row["ratio"])) for row in rows if not row["tie"]]
-    if min(ratios, default=1.0) >= 1 or mean_ratio(rows) >= 1:
-        return "the present", "", "", "", "", "", ""
-    worst = max(rows, key=lambda row: float(str(row["ratio"])))
-    where = f"{worst['kind']} {worst['stage']} {worst['batch']} {worst['layout']}"
-    faster, slower = sum(r < 1 for r in ratios), sum(r > 1 for r in ratios)
-    return (
-        best,
-        str(len(rows)),
-        f"{mean_ratio(rows):.3f}",
-        f"{worst['ratio']:.3f}",
-        where,
-        str(faster),
-        str(slower) if slower else "nowhere",
-    )
-
-
-def mean_ratio(rows: Sequence[ResultRow]) -> float:
-    """Return the geometric mean of the times relative to the present ones."""
-    return math.exp(sum(math.log(float(str(row["ratio"]))) for row in rows) / len(rows))
+def plan(args: argparse.Namespace) -> list[Case]:
+    """Return all cases, dtype by dtype and batch by batch. A batch of one is for inference only."""
+    uses = (("tail", "inference"), ("tail", "backward"), ("norm", "training"))
+    points = itertools.product(args.dtype, args.batch, args.stages, uses, args.memory_format)
+    return [
+        Case(*use, stage, batch, dtype, memory_format)
+        for dtype, batch, stage, use, memory_format in points
+        if batch > 1 or use == uses[0]
+    ]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    formats, kinds = list(MEMORY_FORMATS), list(KINDS)
-    add("--stages", choices=tuple(STAGES), nargs="+", default=list(STAGES))
-    add("--batch", type=positive_int, nargs="+", default=[128, 1, 32])
-    add("--dtype", choices=DTYPES, nargs="+", default=["float16"])
-    add("--memory-format", choices=formats, nargs="+", default=formats)
-    add("--kinds", choices=kinds, nargs="+", default=kinds, help="the launches")
+    add("--stages", choices=STAGES, nargs="+", default=list(STAGES), help="(default: all)")
+    add("--batch", type=positive_int, nargs="+", default=[128, 1, 32], help="(default: 128 1 32)")
+    add("--dtype", choices=DTYPES, nargs="+", default=["float16"], help="(default: float16)")
+    add("--memory-format", choices=MEMORY_FORMATS, nargs="+", default=list(MEMORY_FORMATS))
     add("--quick", action="store_true", help=argparse.SUPPRESS)  # a test with interpreted kernels
-    add_shared(parser, 150.0, "cases not begun by then are recorded as skipped")
+    add_shared(parser, 150.0)
     args = parse_shared(parser, argv)
     if args.device.type != "cuda" and not args.quick:
         parser.error("argument --device: the time of interpreted kernels says nothing about a GPU")
-    args.reps, args.max_overrides = (1, 2) if args.quick else (REPS, MAX_OVERRIDES)
+    args.stages, args.reps = (["64x3x3"], 1) if args.quick else (args.stages, REPS)
     return args
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every case, write the CSV file and print the summary; return the exit status."""
-    if reason := unavailable_reason(args.device.type):
-        print(f"tune_triton.py: the triton backend can't run here: {reason}", file=sys.stderr)
-        return 2
-    deadline = time.perf_counter() + args.seconds
-    cases = plan(args.kinds, args.stages, args.batch, args.dtype, args.memory_format)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tuner = Tuner(args)
-    with compiling(cases, args.device, args.max_overrides) as compiled:
-        for i, case in progress(cases, "case", lambda case: " ".join(map(str, case))):
-            wait(compiled[i], timeout=max(0.0, deadline - time.perf_counter()))
-            left = deadline - time.perf_counter()
-            tuner.measure_or_skip(case, min(MAX_SECONDS, left / (len(cases) - i)))
-            if i % 16 == 0 or i + 1 == len(cases):
-                write_csv(args.out / "tune_triton.csv", tuner.rows, COLUMNS)
-    print(summary(tuner.rows))
-    skipped = sum(str(row["note"]).startswith("skipped") for row in tuner.rows)
-    print(f"{len(cases) - skipped} of {len(cases)} cases measured within --seconds")
-    if args.device.type != "cuda":
-        print("These are times of interpreted kernels: they say nothing about a GPU")
-    return 1 if any(row["ok"] is False for row in tuner.rows) else 0
-
-
-@contextmanager
-def compiling(
-    cases: Sequence[Case], device: torch.device, max_overrides: int
-) -> Iterator[list[list[Future[None]]]]:
-    """Compile the overrides of each case in other processes; nothing if they are interpreted."""
-    if device.type != "cuda":
-        yield [[] for _ in cases]
-        return
-    pool = compiler_pool(triton.runtime.driver.active.get_current_target())
-    try:
-        needed = [distinct(trials(case, max_overrides)).values() for case in cases]
-        yield [
-            [pool.submit(compile_ahead, case, override) for override in overrides]
-            for case, overrides in zip(cases, needed, strict=True)
-        ]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Measure one case after another and print the faster entries; return the exit status."""
+    deadline, results = time.perf_counter() + args.seconds, open_results(args)
+    environment = describe(args.device) | {"provider": PRESENT, "input": "randn"}
+    workers = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
+    for _, case in progress(plan(args), "case", lambda case: " ".join(map(str, case))):
+        about = case._asdict() | environment
+        rows = [about | {"note": OUT_OF_TIME}]
+        try:
+            if time.perf_counter() < deadline:
+                rows = measure(case, args, about, workers)
+        except (RuntimeError, TritonError) as error:  # for example, for lack of memory
+            rows = [about | failure(error)]
+        for row in rows:
+            results.add(row)
+        gc.collect()  # the tensors of the graphs
+    faster = [row for row in results.rows if row["tie"] is False and row["speedup"] > 1]
+    print(results_table(faster) if faster else "no other entry is faster")
+    return 1 if any(row["ok"] is False for row in results.rows) else 0
 
 
 if __name__ == "__main__":

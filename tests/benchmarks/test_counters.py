@@ -1,12 +1,11 @@
-"""Test how counters.py parses ncu's output, and its messages where it cannot measure."""
+"""Test how counters.py parses ncu's output, and what it does where it cannot measure."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import counters
@@ -20,126 +19,123 @@ HEAD = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream",'
     '"Block Size","Grid Size","Device","CC"'
 )
-# Two cases of S4 at batch 2 in float16, N = 100352 bytes: one of two launches, one of one.
+# The first cases of S4, where N = 6,422,528 bytes: one without a launch, one of two, one of one.
 TRAFFIC = f"""==PROF== Connected to process 4711 (/usr/bin/python3.12)
 ==PROF== Profiling "spin_kernel" - 0: 0%....50%....100% - 1 pass
 ==PROF== Profiling "sum_gate_kernel" - 1: 0%....50%....100% - 1 pass
-==PROF== Profiling "recalibrate_kernel" - 2: 0%....50%....100% - 1 pass
-==PROF== Profiling "spin_kernel" - 3: 0%....50%....100% - 1 pass
-==PROF== Profiling "sum_gate_kernel" - 4: 0%....50%....100% - 2 passes
 ==PROF== Disconnected from process 4711
 {HEAD},"dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum"
-"","","","","","","","","","","","byte","Kbyte","nsecond"
+"","","","","","","","","","","","byte","byte","nsecond"
 "0",{PROCESS},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{GPU},"0","0","1,024"
-"1",{PROCESS},"sum_gate_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{GPU},"100,352","0","8,192"
-"2",{PROCESS},"recalibrate_kernel",{STREAM},"(128, 1, 1)","(14, 1, 1)",{GPU},"0","100.352","2,048"
-"3",{PROCESS},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{GPU},"0","0","1,024"
-"4",{PROCESS},"sum_gate_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{GPU},"n/a","0","4,096"
+"1",{PROCESS},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{GPU},"0","0","1,024"
+"2",{PROCESS},"sum_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{GPU},"6,422,528","0","8,192.5"
+"3",{PROCESS},"recalibrate_kernel",{STREAM},"(8, 1, 1)","(14, 1, 1)",{GPU},"0","12,845,056","2"
+"4",{PROCESS},"spin_kernel",{STREAM},"(1, 1, 1)","(1, 1, 1)",{GPU},"0","0","1,024"
+"5",{PROCESS},"sum_kernel",{STREAM},"(512, 1, 1)","(2, 1, 1)",{GPU},"n/a","0","4,096"
 """
-FIRST_CASE = ("spin_kernel", "sum_gate_kernel", "recalibrate_kernel")
-NAMES = (*FIRST_CASE, "spin_kernel", "sum_gate_kernel")
-STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-REST = "\n".join(
-    [
-        f'{HEAD},"launch__registers_per_thread","launch__occupancy_limit_registers",'
-        f'"launch__occupancy_limit_warps","{STALLED.format("long_scoreboard")}",'
-        f'"{STALLED.format("barrier")}"',
-        '"","","","","","","","","","","","register/thread","block","block","inst","inst"',
-        *(
-            f'"{i}",{PROCESS},"{name}",{STREAM},"","",{GPU},"40","3","4","9.0","3.0"'
-            for i, name in enumerate(NAMES)
-        ),
-    ]
-)
-
-
-def test_without_ncu_it_is_skipped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert counters.run(counters.parse(["--out", str(tmp_path / "out")])) == 77
-    assert capsys.readouterr().out == "skipped: ncu isn't on PATH\n"
-    assert not (tmp_path / "out").exists()
+# What an ncu that writes SAMPLE for the stage S4 does; its arguments are those of the real one.
+FAKE = """#!{python}
+import os, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+(here / "arguments").write_text(" ".join(sys.argv[1:]))
+if sys.argv[-1] == "S4":
+    log = sys.argv[sys.argv.index("--log-file") + 1]
+    Path(log).write_text((here / "sample").read_text())
+    print("what the process prints")
+elif sys.argv[-1] == "S1":
+    sys.exit("crashed")
+elif os.fork() == 0:
+    (here / "pid").write_text(str(os.getpid()))
+time.sleep(0 if sys.argv[-1] == "S4" else 60)
+"""
 
 
 @pytest.fixture
-def measure(tmp_path, monkeypatch):
-    """Run counters.py with an ncu that writes these texts, one in each run."""
-    monkeypatch.setattr(counters.shutil, "which", lambda name: f"/opt/{name}")
+def run(tmp_path, monkeypatch) -> Callable[[str, str], int]:
+    """Run counters.py with a fake ncu, which writes a text for S4, crashes for S1, hangs for S2."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(counters, "describe", lambda device: {"device": "some GPU"})
-    available = counters.PROVIDERS["triton"]._replace(unavailable_reason=lambda device: None)
-    monkeypatch.setitem(counters.PROVIDERS, "triton", available)
+    monkeypatch.setattr(counters.machine, "describe", lambda device: {"device": "some GPU"})
+    ncu = tmp_path / "ncu"
+    ncu.write_text(FAKE.format(python=sys.executable))
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
 
-    def run(*texts: str | None) -> int:
-        left = list(texts)
-
-        def write(args: object, run: object, log: Path) -> list[str]:
-            text = left.pop(0)
-            code = "import time; time.sleep(60)"
-            if text is not None:
-                code = f"open({str(log)!r}, 'w').write({text!r}); print('what the process prints')"
-            return [sys.executable, "-c", code]
-
-        monkeypatch.setattr(counters, "command", write)
-        options = (
-            "--stages S4 --memory-format nchw --providers triton --batch 2 --device cuda --out"
-        )
-        seconds = ["--seconds", "1" if None in texts else "100"]
-        return counters.run(counters.parse([*options.split(), str(tmp_path), *seconds]))
+    def run(text: str, options: str) -> int:
+        (tmp_path / "sample").write_text(text)
+        fixed = ["--device", "cuda", "--out", str(tmp_path / "out")]
+        return counters.run(counters.parse([*fixed, *options.split()]))
 
     return run
 
 
-def test_every_kernel_is_a_row_with_its_bytes_over_n(measure, tmp_path, capsys):
-    assert measure(TRAFFIC, REST) == 0
-    rows = rows_of(tmp_path / "counters.csv")
-    assert [(row["kernel"], row["mode"]) for row in rows] == [
-        ("sum_gate_kernel", "inference"),
-        ("recalibrate_kernel", "inference"),
-        ("sum_gate_kernel", "backward"),
+def test_every_kernel_is_a_row_with_its_bytes_over_n(run, tmp_path, capsys):
+    assert run(TRAFFIC, "--stages S4") == 0
+    rows = rows_of(tmp_path / "out" / "counters.csv")
+    assert list(rows[0]) == [*counters.COLUMNS, "device"]
+    (_, second), (_, third) = counters.plan("S4")[1:3]
+    assert [(row["kernel"], row["launch"], row["mode"]) for row in rows] == [
+        ("sum_kernel", "0", second.mode),
+        ("recalibrate_kernel", "1", second.mode),
+        ("sum_kernel", "0", third.mode),
     ]
-    first, second, third = rows
-    assert (float(first["dram_read_bytes"]), float(first["us"])) == (100352, 8.192)
-    assert float(first["dram_over_n"]) == float(second["dram_over_n"]) == 1
-    assert (third["dram_read_bytes"], third["dram_over_n"], third["passes"]) == ("", "", "2")
+    first, other, missing = rows
+    assert float(first["gpu__time_duration.sum"]) == 8192.5
+    assert (float(first["dram_over_n"]), float(other["dram_over_n"])) == (1, 2)
+    assert (missing["dram__bytes_read.sum"], missing["dram_over_n"]) == ("", "")
     assert (first["grid"], first["block"]) == ("(2, 1, 1)", "(512, 1, 1)")
-    assert (float(first["blocks_per_sm"]), first["limited_by"]) == (3, "registers")
-    assert (first["stall"], float(first["stall_percent"])) == ("long_scoreboard", 75)
-    assert (first["provider"], first["stage"], first["device"]) == ("triton", "S4", "some GPU")
-    printed = capsys.readouterr().out
-    assert "S4 nchw forward triton   together            10.2      2.00" in printed
-    assert "2 of 2 cases measured" in printed
+    assert (first["provider"], first["case"], first["device"]) == (
+        *("cuda:one_pass", "S4"), "some GPU",
+    )  # fmt: skip
+    assert "recalibrate_kernel" in capsys.readouterr().out
+    arguments = (tmp_path / "arguments").read_text()
+    assert arguments.startswith("--clock-control none --cache-control none --profile-from-start")
 
 
-def test_results_of_the_first_run_stay_without_the_second(measure, tmp_path):
-    assert measure(TRAFFIC, "") == 0
-    rows = rows_of(tmp_path / "counters.csv")
-    assert [row["registers"] for row in rows] == [""] * 3
-    assert float(rows[0]["dram_over_n"]) == 1
+def test_metrics_of_two_runs_share_a_file(run, tmp_path):
+    assert run(TRAFFIC, "--stages S4") == 0
+    stalls = TRAFFIC.replace("gpu__time_duration.sum", counters.OCCUPANCY)
+    for name in ("dram__bytes_read.sum", "dram__bytes_write.sum"):
+        stalls = stalls.replace(name, f"unknown {name}")
+    assert run(stalls, "--stages S4 --metrics stalls --append") == 0
+    rows = rows_of(tmp_path / "out" / "counters.csv")
+    assert [row["gpu__time_duration.sum"] != "" for row in rows] == [True] * 3 + [False] * 3
+    assert [row[counters.OCCUPANCY] != "" for row in rows] == [False] * 3 + [True] * 3
+    assert "--cache-control all" in (tmp_path / "arguments").read_text()
 
 
-@pytest.mark.parametrize(
-    "text, status",
-    [
-        ("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 77),
-        (None, 77),
-        ("crashed", 1),
-    ],
-    ids=["no permission", "no time", "crash"],
-)
-def test_without_counters_no_file_is_written(measure, text, status, tmp_path):
-    assert measure(text) == status
-    assert not (tmp_path / "counters.csv").exists()
+def test_rows_of_a_stage_stay_when_the_next_one_dies(run, tmp_path, capsys):
+    assert run(TRAFFIC, "--stages S4 S1") == 1
+    assert len(rows_of(tmp_path / "out" / "counters.csv")) == 3
+    assert "crashed" in capsys.readouterr().out
 
 
-def test_ncu_does_not_change_the_clocks(monkeypatch):
-    args = counters.parse(["--device", "cpu"])
-    for run in (counters.TRAFFIC, counters.REST):
-        command = counters.command(args, run, Path("log"))
-        assert command[:3] == ["ncu", "--clock-control", "none"]
-        profiled = command[command.index("--profiled") :]
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        again = counters.parse(profiled)
-        assert again.profiled and counters.plan(again) == counters.plan(args)
+def test_profiled_process_is_killed_at_the_end_of_the_time(run, tmp_path, capsys):
+    assert run(TRAFFIC, "--stages S4 S2 --seconds 2") == 1
+    assert len(rows_of(tmp_path / "out" / "counters.csv")) == 3
+    assert "ncu was stopped at the end of --seconds" in capsys.readouterr().out
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)
+
+
+def test_without_permission_it_is_skipped(run, capsys):
+    assert (
+        run("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", "--stages S4") == 77
+    )
+    reason = "the driver allows only administrators to read the counters"
+    assert capsys.readouterr().out == f"skipped: {reason}\n"
+
+
+def test_without_ncu_or_gpu_it_is_skipped(run, tmp_path, capsys):
+    assert counters.run(counters.parse(["--device", "cpu", "--out", str(tmp_path / "out")])) == 77
+    assert capsys.readouterr().out == "skipped: PyTorch finds no GPU here\n"
+    (tmp_path / "ncu").unlink()
+    assert run("", "") == 77
+    assert capsys.readouterr().out == "skipped: ncu isn't on PATH\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_marker_precedes_every_case_and_only_the_last_step_is_profiled(monkeypatch):
@@ -151,29 +147,17 @@ def test_marker_precedes_every_case_and_only_the_last_step_is_profiled(monkeypat
         yield
         happened.append("]")
 
-    def prepare(workload: object, mode: str, autocast: None) -> SimpleNamespace:
-        if mode == "backward":
+    def prepare(workload: object, case: counters.Case) -> SimpleNamespace:
+        if case.mode == "backward":
             raise ValueError("this one can't")  # the error of a kernel that refuses a size
-        return SimpleNamespace(step=lambda: happened.append("step"), choice="auto")
+        return SimpleNamespace(step=lambda: happened.append("step"))
 
     monkeypatch.setattr(torch.cuda.profiler, "profile", profiled)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("marker"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     provider = counters.PROVIDERS["triton"]._replace(prepare=prepare)
     monkeypatch.setitem(counters.PROVIDERS, "triton", provider)
-    arguments = "--device cpu --stages S4 --memory-format nchw --providers triton --batch 1"
-    counters.launch_all(counters.parse(arguments.split()))
-    assert " ".join(happened) == "[ marker ] step step [ step ] [ marker ]"
-
-
-def test_profiled_process_is_killed_at_the_end_of_the_time(tmp_path, monkeypatch):
-    write = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
-    child = f"import os, time; {write}; time.sleep(60)"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    monkeypatch.setattr(counters, "command", lambda *_: [sys.executable, "-c", parent])
-    assert counters.profile(None, counters.TRAFFIC, 3.0) is None
-    pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_running(pid)
+    cases = [case for name, case in counters.plan("S4") if name == "triton"][:2]
+    monkeypatch.setattr(counters, "plan", lambda stage: [("triton", case) for case in cases])
+    counters.launch_all(torch.device("cpu"), "S4")
+    assert " ".join(happened) == "[ marker ] step [ step ] [ marker ]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory import peak_extra_bytes
+from harness.memory import peak_extra_bytes
 
 
 def test_cpu_peak_counts_bytes_held_at_one_time():

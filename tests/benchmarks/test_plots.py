@@ -1,90 +1,143 @@
-"""Test that the plots show the values of the CSV files."""
+"""Test the pictures: what they show of a CSV file, and nothing else is needed."""
 
 from __future__ import annotations
 
-import itertools
+import struct
+from pathlib import Path
 
 import plots
 import pytest
-import report
-from helpers.processes import PNG, script
+from harness.results import WRONG, Results
+from helpers.processes import PNG, ROOT, script
 
-pytest.importorskip("matplotlib")
-
-
-def row(**settings: object) -> dict[str, str]:
-    plain = {
-        "scope": "tail", "mode": "inference", "stage": "S1", "batch": 1, "dtype": "float32",
-        "layout": "nchw", "cache": "warm", "provider": "fused", "device": "a GPU",
-        "ms_p20": 1, "ms_p50": 2, "ms_p80": 4, "speedup": 3, "gbps": 500,
-        "peak_extra_bytes": 7e6,
-    }  # fmt: skip
-    return {k: str(v) for k, v in (dict.fromkeys(report.COLUMNS, "") | plain | settings).items()}
+MACHINE = {"device": "Some CPU", "threads": "3", "torch": "9.9", "epsanet_fused": "0.7"}
+NETWORK = {"scope": "network", "mode": "inference", "case": "all", "batch": 4}
+TAIL = {"scope": "tail", "mode": "backward", "case": "S2", "batch": 4, "cache": "warm"}
 
 
-def test_folder_of_csv_files_is_plotted(tmp_path):
-    tail = [row(provider=name) for name in ("eager", "fused", "copy")]
-    network = row(scope="network", stage="all", speedup="", gbps="")
-    report.write_csv(tmp_path / "tail.csv", tail)
-    report.write_csv(tmp_path / "network.csv", [network, row(ms_p50="", speedup="", gbps="")])
-    (tmp_path / "other.csv").write_text("stage,ms\nS1,3\n")
-    done = script("plots.py", tmp_path)
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Write results of a network, a tail and ResNet-50, one of them wrong."""
+    results = Results(tmp_path / "results.csv")
+
+    def add(point: dict[str, object], provider: str, ms: float | str, **columns: object) -> None:
+        about = {"dtype": "float32", "memory_format": "nchw", "provider": provider, "ok": True}
+        results.add(MACHINE | point | about | {"ms_p50": ms, "clock": "wall time"} | columns)
+
+    add(NETWORK, "eager", 40.0, peak_extra_bytes=8e6)
+    add(NETWORK, "eager", 30.0, memory_format="channels_last", peak_extra_bytes=9e6)
+    add(NETWORK, "optimized", 12.5, peak_extra_bytes=5e6)
+    add(NETWORK, "openvino", 20.0, backend="openvino 1.2 f32")
+    add(NETWORK, "resnet50:eager", 25.0, peak_extra_bytes=7e6)
+    add(NETWORK, "compile", "", ok=False, note=WRONG)
+    add(NETWORK, "fused", "", note="skipped: out of time")
+    add(TAIL, "eager", 8.0, necessary_bytes=3000, peak_extra_bytes=3e6)
+    add(TAIL, "fused", 2.0, necessary_bytes=3000, peak_extra_bytes=1e6)
+    add(TAIL | {"mode": "training"}, "eager", 9.0, peak_extra_bytes=4e6)
+    add(TAIL, "copy", 1.0, necessary_bytes=2000)
+    return tmp_path / "results.csv"
+
+
+def bars(axes: object) -> dict[str, float]:
+    """Return the width of each bar by its label."""
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    return {labels[round(p.get_y() + 0.4)]: p.get_width() for p in axes.patches}
+
+
+def texts(axes: object) -> list[str]:
+    return [text.get_text().strip() for text in axes.texts]
+
+
+def test_three_pictures_of_at_most_1600_by_1000_pixels(file, tmp_path):
+    done = script("plots.py", file, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    names = {"speedup.png", "bandwidth.png", "latency.png", "memory.png"}
-    assert {path.name for path in tmp_path.glob("*.png")} == names
-    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in names)
-    plots.draw_all(tmp_path / "plots.pdf", tail)
-    assert (tmp_path / "plots.pdf").read_bytes().startswith(b"%PDF")
+    for name in ("network", "tail", "memory"):
+        data = (tmp_path / f"{name}.png").read_bytes()
+        assert data.startswith(PNG)
+        width, height = struct.unpack(">II", data[16:24])
+        assert 600 < width <= 1600 and 100 < height <= 1000
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "results.csv", "network.png", "tail.png", "memory.png"
+    }  # fmt: skip
 
 
-def test_each_panel_has_one_dtype_cache_mode_and_memory_format():
-    axes = {
-        "mode": ("inference", "backward"),
-        "dtype": ("float32", "float16"),
-        "layout": ("nchw", "channels_last"),
-        "cache": ("warm", "cold"),
-        "batch": (1, 128),
-        "provider": ("eager", "fused", "copy"),
+def test_network_has_each_provider_in_its_faster_memory_format(file):
+    panels = plots.network_panels(plots.load([file]))
+    figure = plots.draw("Title", "ms", panels)
+    [axes] = figure.axes
+    assert bars(axes) == {
+        "official, eager": 30.0,
+        "this package, optimized": 12.5,
+        "official, OpenVINO": 20.0,
+        "ResNet-50, eager": 25.0,
     }
-    points = itertools.product(*axes.values())
-    rows = [row(**dict(zip(axes, point, strict=True))) for point in points]
-    panels = plots.panels_of(plots.TOPICS["speedup"], rows)
-    assert len(panels) == 4
-    for title, shown in panels.items():
-        assert "float16" in title and "cold" in title and "a GPU" in title
-        assert len({(r["mode"], r["dtype"], r["layout"], r["cache"]) for r in shown}) == 1
-        assert {r["provider"] for r in shown} == {"eager", "fused"}
-        assert {r["batch"] for r in shown} == {"1", "128"}
-    memory = plots.panels_of(plots.TOPICS["memory"], rows)
-    assert all(r["batch"] == "128" for shown in memory.values() for r in shown)
+    assert sorted(texts(axes)) == ["12.5", "20", "25", "30", "WRONG"]
+    marked = [y for y, text in enumerate(axes.get_yticklabels()) if "compile" in text.get_text()]
+    [wrong] = [text for text in axes.texts if "WRONG" in text.get_text()]
+    assert [wrong.get_position()[1]] == marked
+    assert axes.get_title() == "inference, float32, batch 4"
+    title = figure._suptitle.get_text()
+    for words in ("Some CPU", "3 thread(s)", "torch 9.9", "epsanet_fused 0.7", "openvino 1.2"):
+        assert words in title
 
 
-def test_with_convolutions_the_faster_memory_format_is_shown():
-    rows = [
-        row(scope="network", stage="all", layout=name, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 2)
-        for name, ms in (("nchw", 20), ("channels_last", 10))
+def test_tail_is_shown_in_percent_of_a_copy_of_the_necessary_bytes(file):
+    panels = plots.tail_panels(plots.load([file]))
+    figure = plots.draw("Title", "percent", panels, 100.0)
+    [axes] = figure.axes
+    # A copy of 2,000 bytes takes 1 ms, so 3,000 bytes take 1.5 ms at its speed.
+    assert bars(axes) == pytest.approx({"official, eager": 18.75, "this package, fused": 75.0})
+    assert axes.get_xlim()[1] > 100
+    assert [line.get_xdata()[0] for line in axes.lines] == [100.0]
+
+
+def test_axes_are_linear_and_start_at_zero(file):
+    rows = plots.load([file])
+    for name, (panels_for, title, unit, limit) in plots.PICTURES.items():
+        for axes in plots.draw(title, unit, panels_for(rows), limit).axes:
+            assert axes.get_xscale() == "linear", name
+            assert axes.get_xlim()[0] == 0
+
+
+def test_a_provider_has_one_colour_everywhere(file):
+    names = [name for name in plots.PROVIDERS if not name.startswith("resnet50:")]
+    colours = {name: plots.style(name)[1] for name in names}
+    usual = [colours[name] for name in plots.STYLES]
+    assert len(set(usual)) == len(usual)
+    for name in plots.PROVIDERS:
+        assert plots.style(name)[1] == colours[name.removeprefix("resnet50:")]
+    hatches = {plots.style(name)[2] for name in ("resnet50:eager", "resnet50:optimized")}
+    assert hatches != {plots.style("eager")[2]}
+
+
+def test_memory_leaves_out_the_backward_and_what_nobody_measured(file):
+    panels = plots.memory_panels(plots.load([file]))
+    assert list(panels) == [
+        "network, inference, float32, batch 4",
+        "tail, training, float32, batch 4",
     ]
-    topic = plots.TOPICS["latency"]
-    [(title, shown)] = plots.panels_of(topic, rows).items()
-    assert title.startswith("network, inference, float32, batch 1\n")
-    assert plots.series_of(topic, shown) == {"fused": {"all": (9, 10, 12)}}
+    found = {
+        row.provider: row.value
+        for row in panels["network, inference, float32, batch 4"].itertuples()
+    }
+    assert found == {"optimized": 5.0, "resnet50:eager": 7.0, "eager": 8.0}
 
 
-def test_the_network_beside_resnet50_has_a_panel_per_dtype_and_batch():
-    rows = [
-        row(scope="network", dtype=dtype, batch=batch, provider=provider, ms_p50=ms, layout=name)
-        for dtype, batch in (("bfloat16", 1), ("float32", 8), ("float32", 1))
-        for provider, ms in (("eager", 20), ("optimized", 10), ("resnet50:eager", 15))
-        for name, ms in (("nchw", ms), ("channels_last", ms + 1))
-    ]
-    axes = plots.network_figure([*rows, row(), row(scope="network", mode="training")]).axes
-    titles = ["float32, batch 1", "float32, batch 8", "bfloat16, batch 1"]
-    assert [ax.get_title() for ax in axes if ax.get_title()] == titles
-    assert [bar.get_width() for bar in axes[0].patches] == [20, 10, 15]
-    assert axes[0].get_xlim()[0] == 0
-
-
-def test_folder_without_results_is_refused(tmp_path):
-    done = script("plots.py", tmp_path)
+def test_files_that_are_not_of_the_benchmarks_are_refused_in_one_line(tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    done = script("plots.py", other, "--out", tmp_path)
     assert done.returncode == 2
-    assert f"{tmp_path} has none" in done.stderr
+    assert "must be CSV files of the benchmarks, but they lack scope" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_without_measurements_has_no_picture(tmp_path):
+    Results(tmp_path / "results.csv").add({"provider": "all", "note": "skipped: out of time"})
+    done = script("plots.py", tmp_path / "results.csv", "--out", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "no row to draw\n")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/results/*/**/results.csv")), ids=str)
+def test_every_kept_file_can_be_drawn(path, tmp_path):
+    assert plots.draw_all([path], tmp_path)

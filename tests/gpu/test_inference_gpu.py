@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from baselines import ResNetBlock
+from harness.networks import ResNetBlock
 from helpers.networks import small
 
 import epsanet_fused as ef

@@ -214,15 +214,15 @@ def test_compiles_without_a_graph_break(fused: str, dynamic: bool) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.xdist_group("large")  # one at a time: each needs up to 40 GB
+@pytest.mark.xdist_group("large")  # one at a time: each needs up to 26 GB
 def test_more_than_two_to_the_31_elements(fused: str) -> None:
     """An output of 2**31 + elements: the last sample is right, and so is its gradient.
 
     In bfloat16: float16 can't hold the sums over so many pixels that plain PyTorch rounds to it.
     """
     shape = Shape(11, 4, 64, 875, 875, 4)  # 2.16e9 elements, 4.3 GB in 16 bits
-    if torch.cuda.mem_get_info()[0] < 40e9:
-        pytest.skip("needs 40 GB of free memory")
+    if torch.cuda.mem_get_info()[0] < 26e9:
+        pytest.skip("needs 26 GB of free memory")
     B, S, C, H, W, R = shape[:6]
     # Compare two samples only: the oracle of all would not fit.
     branches = [torch.randn(B, C, H, W, device="cuda", dtype=torch.bfloat16) for _ in range(S)]

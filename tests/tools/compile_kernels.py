@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import triton
-from aot_compile import FakeDriver, record_launches
+from helpers.aot_compile import FakeDriver, record_launches
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 

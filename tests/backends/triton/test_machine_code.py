@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.processes import BENCHMARKS
+from helpers.processes import ROOT
 
 pytest.importorskip("triton")
 
@@ -74,7 +74,7 @@ def compile_for(target: str, *options: str) -> list[dict[str, Any]]:
             [sys.executable, str(script), target, *options],
             capture_output=True,
             text=True,
-            env=env | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(BENCHMARKS)},
+            env=env | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT / "tests")},
             check=False,
         )
     assert done.returncode == 0, f"{target}: {done.stderr[-2000:]}"

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from baselines import baseline_of
-from inputs import Settings, Workload
-from steps import make_step
 from torch import Tensor, nn
 
 from epsanet_fused.testing import accuracy
 from epsanet_fused.utils.memory_format import accumulator_dtype
+from harness.cases import Case, Workload
+from harness.networks import baseline_of
+from harness.steps import make_step
 
-# A whole network in float64 is slow. Inference computes each image by itself, so that a few of
-# them suffice there.
-NETWORK_SAMPLES = 4
+# Inference computes each image by itself, so that a few of them suffice there.
+INFERENCE_SAMPLES = 4
 
 
 class AccuracyResult(NamedTuple):
@@ -45,37 +44,43 @@ class AccuracyChecker:
       through a whole network; then only the output shows whether a result is right.
     """
 
-    def __init__(self, workload: Workload, settings: Settings) -> None:
-        few = settings.scope == "network" and settings.mode == "inference"
-        self._samples = slice(NETWORK_SAMPLES if few else None)
-        wide = torch.float64
-        if settings.autocast and workload.inputs[0].is_cuda:
-            # A GPU's grouped convolutions are slow in float64. Float32 without TF32 is exact enough
-            # for 16 bits.
-            wide = torch.float32
-        exact = copy.deepcopy(workload.literal).to(wide)
-        inputs = tuple(
-            x.detach()[self._samples].to(wide).requires_grad_(x.requires_grad)
-            for x in workload.inputs
-        )
-        self._dtype = settings.torch_dtype
-        self._has_convs = settings.scope != "tail"
+    def __init__(self, workload: Workload, case: Case) -> None:
+        few = case.scope == "network" and case.mode == "inference"
+        self._samples = slice(INFERENCE_SAMPLES if few else None)
+        self._repeats = case.batch // case.period
+        self._dtype = case.torch_dtype
+        self._is_tail = case.scope == "tail"
         eps = torch.finfo(accumulator_dtype(self._dtype)).eps
-        longest = _longest_sum(workload.literal) if self._has_convs else 0
+        longest = _longest_sum(workload.official) if not self._is_tail else 0
         self._reordering = eps * math.sqrt(longest)
+        exact = copy.deepcopy(workload.official).to(torch.float64)
+        samples = slice(INFERENCE_SAMPLES if few else case.period)
+        inputs = tuple(
+            x.detach()[samples].double().requires_grad_(x.requires_grad) for x in workload.inputs
+        )
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-            self._expected = make_step(exact, inputs, settings.mode, None)()
+            self._expected = make_step(exact, inputs, case)()
+        if self._repeats > 1:  # the samples repeat, and each gradient is a sum over all of them
+            output, *gradients = self._expected
+            output = output.repeat(self._repeats, *(1 for _ in output.shape[1:]))
+            self._expected = [output, *(g * self._repeats for g in gradients)]
         # The tail's fc gradients are sums whose terms cancel: the rounding is that of the terms.
-        terms = [] if self._has_convs else self._expected
+        terms = self._expected if self._is_tail else []
         self._largest = max((t.abs().max().item() for t in terms), default=1.0)
-        self._plain = make_step(
-            workload.literal, workload.inputs, settings.mode, settings.autocast
-        )()
+        self._plain: dict[str, list[Tensor]] = {}  # by memory format
 
-    def check(self, results: Sequence[Tensor]) -> AccuracyResult:
-        """Compare an output and its gradients, in the order in which a step returns them."""
+    def check(self, results: Sequence[Tensor], workload: Workload, case: Case) -> AccuracyResult:
+        """Compare an output and its gradients, in the order in which a step returns them.
+
+        The workload and the case may have another memory format than those of the oracle: plain
+        PyTorch rounds differently in each.
+        """
+        if case.memory_format not in self._plain:
+            step = make_step(workload.official, workload.inputs, case)
+            self._plain[case.memory_format] = step()
+        plain = self._plain[case.memory_format]
         # Under autocast the output of eager may be float32 where ours is rounded to 16 bits.
-        plain = [p.to(r.dtype) for p, r in zip(self._plain, results, strict=True)]
+        plain = [p.to(r.dtype) for p, r in zip(plain, results, strict=True)]
         groups = (self._grouped(results), self._grouped(plain), self._grouped(self._expected))
         checked = [self._compare(*group) for group in zip(*groups, strict=True)]
         return max(checked, key=lambda c: (not c.ok, c.max_error / c.error_bound))
@@ -88,10 +93,10 @@ class AccuracyChecker:
         return AccuracyResult(error, allowed, math.isfinite(allowed) and error <= allowed)
 
     def _grouped(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors to compare; with convolutions, all gradients become one distance."""
+        """Return the tensors to compare; outside the tail, all gradients become one distance."""
         if len(results) == 1:
             return [results[0][self._samples]]
-        if not self._has_convs:
+        if self._is_tail:
             return list(results)
         output, *gradients = results
         pairs = zip(gradients, self._expected[1:], strict=True)
@@ -100,22 +105,23 @@ class AccuracyChecker:
 
 
 class NetworkCheckers:
-    """The accuracy checkers of one point: one for EPSANet and one for each baseline.
+    """The accuracy checkers of one case: one for EPSANet and one for each baseline.
 
-    Each is made when it is first needed. The memory format does not change the expected results.
+    Each is made when it is first needed, and serves all memory formats.
     """
 
-    def __init__(self, workload: Workload, settings: Settings) -> None:
-        self._workloads = {None: workload, **workload.baselines}
-        self._settings = settings
+    def __init__(self) -> None:
         self._made: dict[str | None, AccuracyChecker] = {}
 
-    def of(self, provider: str) -> AccuracyChecker:
-        """Return the checker of the network that this provider runs."""
+    def check(
+        self, provider: str, results: Sequence[Tensor], workload: Workload, case: Case
+    ) -> AccuracyResult:
+        """Compare the results of a provider's step with those expected of its network."""
         name = baseline_of(provider)
+        of_network = workload if name is None else workload.baselines[name]
         if name not in self._made:
-            self._made[name] = AccuracyChecker(self._workloads[name], self._settings)
-        return self._made[name]
+            self._made[name] = AccuracyChecker(of_network, case)
+        return self._made[name].check(results, of_network, case)
 
 
 def _longest_sum(module: nn.Module) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from environment import cache_bytes
 
 from epsanet_fused.utils import timing
+from harness.machine import cache_bytes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What all benchmarks share: cases, providers, accuracy, clocks, memory, results."""
