@@ -56,9 +56,9 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/helpers/emulator/*.cpp' 'tests/helpers/emulator/*.h')
 
-# Runs with what the machine has: no network, no .venv. See benchmarks/visit.py.
+# Runs with what the machine has: no network, no .venv. PART=1, 2 or 3: see benchmarks/visit.py.
 gpu-check:
-	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/visit.py --out $(OUT)
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/visit.py --out $(OUT) $(if $(PART),--part $(PART))
 
 $(READY): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

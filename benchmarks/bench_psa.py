@@ -148,16 +148,21 @@ def check_size(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.batch and args.shape:
         parser.error("argument --batch: can't be combined with --shape, which has it")
     args.batch = args.shape[:1] if args.shape else args.batch or [8]
-    if args.scope == "network":
-        args.cases = ["all"]
-        if (args.kernels, args.groups) != (CONV_KERNELS, CONV_GROUPS):
-            parser.error("argument --kernels, --groups: are for --scope tail, norm and module")
-    elif args.shape:
+    own_convs = (args.kernels, args.groups) != (CONV_KERNELS, CONV_GROUPS)
+    if args.scope == "network" and own_convs:
+        parser.error("argument --kernels, --groups: are for --scope tail, norm and module")
+    if args.shape:
         args.cases = ["x".join(map(str, args.shape[1:]))]
+    if args.scope == "network":
+        own = (args.model, *args.cases) if args.shape else (args.model,)
+        args.cases = [" ".join(filter(None, own)) or "all"]
+    if own_convs:  # a row says what it is of
+        kernels, groups = ("-".join(map(str, sizes)) for sizes in (args.kernels, args.groups))
+        args.cases = [f"{case} kernels {kernels} groups {groups}" for case in args.cases]
     if args.shape and args.scope == "network" and not args.model and args.shape[1] != 3:
         parser.error(f"argument --shape: C must be 3 for EPSANet-50, got {args.shape[1]}")
     if args.scope != "network":
-        channels = args.shape[1] if args.shape else min(STAGES[s][0] for s in args.cases)
+        channels = args.shape[1] if args.shape else min(STAGES[s][0] for s in args.stages or STAGES)
         try:
             ef.PSAModule(channels, channels, args.kernels, 1, args.groups)
         except ValueError as error:
@@ -238,10 +243,10 @@ def run(args: argparse.Namespace) -> int:
     runner, cases = make_runner(args, results), sweep(args)
     for i, case in progress(cases, "case", lambda case: " ".join(map(str, case))):
         left = args.seconds - (time.perf_counter() - began)
-        if left <= 0 and i > 0:
-            runner.add(runner.row(case, "all") | {"note": OUT_OF_TIME})
-        elif args.prepare_only:
+        if args.prepare_only:
             runner.prepare_only(case, began + args.seconds)
+        elif left <= 0 and i > 0:
+            results.add(runner.row(case, "all") | {"note": OUT_OF_TIME})
         else:
             runner.measure(case, left / (len(cases) - i), left)
     if args.prepare_only:

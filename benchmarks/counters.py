@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import pandas
@@ -37,6 +37,8 @@ import epsanet_fused as ef
 from epsanet_fused.backends.registry import PATHS
 
 BATCH = 128
+PROFILED = ("triton", *PATHS)
+STOPPED = "ncu was stopped at the end of --seconds"
 SKIPPED = 77  # the exit status where nothing can be measured
 READ, WRITE = "dram__bytes_read.sum", "dram__bytes_write.sum"
 PEAK = ".pct_of_peak_sustained_elapsed"
@@ -61,17 +63,17 @@ POINT = ["provider", "mode", "case", "memory_format", "batch", "dtype", "launch"
 COLUMNS = [*POINT, "grid", "block", *METRICS["traffic"], *METRICS["stalls"], "dram_over_n"]
 
 
-def plan(stage: str) -> list[tuple[str, Case]]:
+def calls_of(stage: str, providers: Sequence[str]) -> list[tuple[str, Case]]:
     """Return the provider and the case of each profiled call, in their order."""
     points = [(mode, f) for f in MEMORY_FORMATS for mode in ("inference", "backward")]
     cases = [Case("tail", mode, stage, BATCH, "float16", f) for mode, f in points]
-    return [(name, case) for case in cases for name in ("triton", *PATHS)]
+    return [(name, case) for case in cases for name in providers]
 
 
-def launch_all(device: torch.device, stage: str) -> int:
+def launch_all(device: torch.device, stage: str, providers: Sequence[str]) -> int:
     """Launch each case after a marker, with the profiler on. This is the process under ncu."""
     full = torch.ones(2 * machine.cache_bytes(device), dtype=torch.uint8, device=device)
-    for name, case in plan(stage):
+    for name, case in calls_of(stage, providers):
         profiled(lambda: torch.cuda._sleep(1))  # the marker
         try:
             with torch.set_grad_enabled(case.mode != "inference"), ef.use_backend(name):
@@ -98,7 +100,8 @@ def profile(args: argparse.Namespace, stage: str, seconds: float) -> str:
     ncu = f"ncu --clock-control none --cache-control {cache} --profile-from-start off --csv"
     ncu += " --target-processes application-only --page raw --print-units base"
     ncu += f" --print-kernel-base function --metrics {','.join(METRICS[args.metrics])} --log-file"
-    command = [*ncu.split(), str(log), sys.executable, __file__, "--profiled", "--stages", stage]
+    command = [*ncu.split(), str(log), sys.executable, __file__, "--profiled"]
+    command += ["--providers", *args.providers, "--stages", stage]
     log.unlink(missing_ok=True)
     with subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -108,7 +111,7 @@ def profile(args: argparse.Namespace, stage: str, seconds: float) -> str:
         try:
             printed, _ = process.communicate(timeout=max(0.0, seconds))
         except subprocess.TimeoutExpired:  # ncu writes at its end
-            return "ncu was stopped at the end of --seconds"
+            return STOPPED
         finally:
             with suppress(ProcessLookupError):  # the profiled process would go on without ncu
                 os.killpg(process.pid, signal.SIGKILL)
@@ -116,13 +119,14 @@ def profile(args: argparse.Namespace, stage: str, seconds: float) -> str:
     return printed + (log.read_text() if log.exists() else "")
 
 
-def parse_raw(text: str, stage: str) -> pandas.DataFrame:
+def parse_raw(text: str, stage: str, providers: Sequence[str]) -> pandas.DataFrame:
     """Parse ncu's lines of names, of units and of each kernel; add the cases of the kernels."""
     lines = [line for line in text.splitlines() if line.startswith('"')] or [",".join(NAMES)]
     table = pandas.read_csv(io.StringIO("\n".join(lines)), skiprows=[1], thousands=",")
     marker = table["Kernel Name"].astype(str).str.contains("spin_kernel")  # of torch.cuda._sleep
     number = marker.cumsum()[~marker] - 1
-    about = pandas.DataFrame([{"provider": name} | case._asdict() for name, case in plan(stage)])
+    calls = calls_of(stage, providers)
+    about = pandas.DataFrame([{"provider": name} | case._asdict() for name, case in calls])
     rows = table[~marker].rename(columns=NAMES).join(about, on=number).reindex(columns=COLUMNS)
     rows["launch"] = number.groupby(number).cumcount()
     size = BATCH * math.prod(STAGES[stage]) * torch.float16.itemsize
@@ -132,9 +136,12 @@ def parse_raw(text: str, stage: str) -> pandas.DataFrame:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stages", choices=STAGES, nargs="+", default=["S1", "S4"])
-    parser.add_argument("--metrics", choices=METRICS, default="traffic")
-    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--stages", choices=STAGES, nargs="+", default=["S1", "S4"], help="(default: S1 S4)")
+    providers_help = f"(default: {' '.join(PROFILED)})"
+    add("--providers", choices=PROFILED, nargs="+", default=PROFILED, help=providers_help)
+    add("--metrics", choices=METRICS, default="traffic", help="(default: traffic)")
+    add("--profiled", action="store_true", help=argparse.SUPPRESS)
     options.add_shared(parser, 120.0)
     return options.parse_shared(parser, argv)
 
@@ -142,7 +149,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Profile one stage after another and write its rows; return the exit status."""
     if args.profiled:
-        return launch_all(args.device, args.stages[0])
+        return launch_all(args.device, args.stages[0], args.providers)
     has_ncu = shutil.which("ncu") is not None
     if not has_ncu or args.device.type != "cuda":
         print("skipped:", "PyTorch finds no GPU here" if has_ncu else "ncu isn't on PATH")
@@ -156,10 +163,10 @@ def run(args: argparse.Namespace) -> int:
         if "ERR_NVGPUCTRPERM" in text:
             print("skipped: the driver allows only administrators to read the counters")
             return SKIPPED
-        rows = parse_raw(text, stage).assign(**machine.describe(args.device))
+        rows = parse_raw(text, stage, args.providers).assign(**machine.describe(args.device))
         if rows.empty:
             print(text)
-            status = 1
+            status = status or int(text != STOPPED)
             continue
         rows.to_csv(path, mode="a", header=not path.exists(), index=False)
         print(rows[[*POINT, "dram_over_n"]].to_string(index=False))

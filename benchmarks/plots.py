@@ -19,12 +19,12 @@ from typing import Any
 import pandas as pd
 from harness.networks import baseline_of
 from harness.providers import PROVIDERS
-from harness.results import POINT, read_rows
+from harness.results import COLUMNS, POINT, read_rows
 
 from epsanet_fused.utils.atomic_write import write_atomically
 
 WIDTH, HEIGHT, DPI = 15.0, 9.5, 100  # inches, and pixels per inch: at most 1,600 x 1,000
-# The words and the colour of the usual providers. The others keep their names.
+# The label and the colour of the usual providers. The others keep their names.
 STYLES = {
     "eager": ("official, eager", "#8c8c8c"),
     "cleaned": ("our formulation in plain PyTorch", "#c4b08b"),
@@ -44,31 +44,35 @@ NUMBERS = ("ms_p50", "batch", "necessary_bytes", "peak_extra_bytes")
 # What a picture shows if the rows have several: the first of these.
 FIRST = {"dtype": ("float16", "bfloat16", "float32"), "cache": ("cold", "warm")}
 TAILS = ("tail", "norm")
+OPTIONAL = ("ms_low", "ms_high")  # older files lack them
 
 
 def load(paths: Sequence[Path]) -> pd.DataFrame:
-    """Read the rows of some files: one for each point and provider, the fastest memory format.
+    """Read the rows of some files: of each case and provider the faster memory format.
+
+    Tails keep both formats, as their column ``shown`` says.
 
     Raises:
         ValueError: if a file lacks a column.
     """
     rows = pd.DataFrame([row for path in paths for row in read_rows(path)])
-    needed = (*POINT, "provider", "note", "ok", "device", "threads", "torch", *NUMBERS)
-    if missing := [name for name in needed if name not in rows]:
+    if missing := [name for name in COLUMNS if name not in rows and name not in OPTIONAL]:
         raise ValueError(f"must be CSV files of the benchmarks, but they lack {missing[0]}")
     for name in NUMBERS:
         rows[name] = pd.to_numeric(rows[name])
     rows["state"] = rows["note"].map(lambda note: "WRONG" if note.startswith("WRONG") else "failed")
-    shown = rows["ms_p50"].notna() | (rows["ok"] == "False")
-    return rows[shown & (rows["provider"] != "all")]
+    rows["shown"] = rows["memory_format"].where(rows["scope"].isin(TAILS), "")
+    is_result = rows["ms_p50"].notna() | (rows["ok"] == "False")
+    rows = rows[is_result & (rows["provider"] != "all")].sort_values("ms_p50", kind="stable")
+    by = ["scope", "mode", "case", "batch", "dtype", "shown", "cache", "provider"]
+    return rows.drop_duplicates(by)
 
 
 def network_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the milliseconds of the network by dtype and batch, each in its faster format."""
-    rows = rows[rows["scope"] == "network"].sort_values("ms_p50", kind="stable")
-    rows = rows.drop_duplicates(["mode", "dtype", "batch", "provider"])
-    rows = rows.assign(value=rows["ms_p50"], narrow=rows["dtype"] != "float32")
-    by = ["mode", "narrow", "dtype", "batch"]
+    """Return the milliseconds of the network by dtype and batch."""
+    rows = rows[rows["scope"] == "network"]
+    rows = rows.assign(value=rows["ms_p50"], is_half=rows["dtype"] != "float32")
+    by = ["mode", "is_half", "dtype", "batch"]
     return {
         f"{mode}, {dtype}, batch {batch}": panel
         for (mode, _, dtype, batch), panel in rows.groupby(by, sort=True)
@@ -77,7 +81,7 @@ def network_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def tail_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the tail's speed in percent of its limit: a copy of the bytes that it has to move."""
-    rows = narrowed(rows[rows["scope"] == "tail"])
+    rows = select(rows[rows["scope"] == "tail"])
     copies = rows[rows["provider"] == "copy"].set_index([*POINT])
     copies = copies[["ms_p50", "necessary_bytes"]].add_suffix("_copy")
     rows = rows[rows["provider"] != "copy"].join(copies, on=[*POINT])
@@ -91,13 +95,14 @@ def memory_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     rows = rows[(rows["peak_extra_bytes"] > 0) & (rows["mode"] != "backward")]
     rows = rows[~rows["provider"].str.endswith("-graph")]  # a replay allocates nothing
     kinds = [part for _, part in rows.groupby(["scope", "mode"])]
-    rows = pd.concat(
-        [narrowed(part[part["case"] == min(part["case"])]) for part in kinds] or [rows]
+    rows = pd.concat([select(part[part["case"] == min(part["case"])]) for part in kinds] or [rows])
+    by = ["scope", "mode", "provider"]
+    return panels_of(
+        rows.assign(value=rows["peak_extra_bytes"] / 1e6, shown="").drop_duplicates(by)
     )
-    return panels_of(rows.assign(value=rows["peak_extra_bytes"] / 1e6, memory_format=""))
 
 
-def narrowed(rows: pd.DataFrame) -> pd.DataFrame:
+def select(rows: pd.DataFrame) -> pd.DataFrame:
     """Keep one dtype, one cache, and of the batches with the most rows the largest."""
     for column, order in FIRST.items():
         kept = next((value for value in order if (rows[column] == value).any()), None)
@@ -108,10 +113,6 @@ def narrowed(rows: pd.DataFrame) -> pd.DataFrame:
 
 def panels_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return a panel for each scope, mode and, where the tail is alone, memory format."""
-    is_tail = rows["scope"].isin(TAILS)
-    rows = rows.assign(shown=rows["memory_format"].where(is_tail, ""))
-    rows = rows.sort_values("value", kind="stable", na_position="first")
-    rows = rows.drop_duplicates(["scope", "mode", "shown", "case", "provider"])
     by = ["scope", "mode", "dtype", "batch", "shown"]
     return {
         f"{scope}, {mode}, {dtype}, batch {batch} {shown}".strip(): panel
@@ -138,7 +139,7 @@ def draw(title: str, unit: str, panels: dict[str, pd.DataFrame], limit: float | 
         ax.set_title(f"{name}, {cases.pop()}" if len(cases) == 1 else name, fontsize=10)
         ax.set_xlabel(unit, fontsize=9)
     rows = pd.concat(panels.values())
-    figure.suptitle(f"{title}\n{machine(rows)}", fontsize=11)
+    figure.suptitle(f"{title}\n{machine_of(rows)}", fontsize=11)
     return figure
 
 
@@ -167,25 +168,25 @@ def draw_panel(ax: Any, rows: pd.DataFrame) -> None:
 
 
 def style(provider: str) -> tuple[str, Any, str]:
-    """Return a provider's words, its colour, and the hatch of another network."""
+    """Return a provider's label, its colour, and the hatch of another network."""
     baseline = baseline_of(provider)
     base = provider.partition(":")[2] if baseline else provider
     fallback = pyplot().get_cmap("tab20b")([*PROVIDERS, base].index(base) % 20)
-    words, colour = STYLES.get(base, (base, fallback))
+    label, colour = STYLES.get(base, (base, fallback))
     if baseline is None:
-        return words, colour, ""
-    return f"{BASELINE_NAMES[baseline]}, {words.removeprefix('official, ')}", colour, "//"
+        return label, colour, ""
+    return f"{BASELINE_NAMES[baseline]}, {label.removeprefix('official, ')}", colour, "//"
 
 
-def machine(rows: pd.DataFrame) -> str:
+def machine_of(rows: pd.DataFrame) -> str:
     """Return the device, the threads and the versions of the rows."""
     found = []
     for column, words in (("device", ""), ("threads", " thread(s)"), ("clock", " per call")):
-        found += [f"{value}{words}" for value in rows[column].unique()]
+        found += [f"{value}{words}" for value in rows[column].unique() if value]
     for column in ("torch", "cuda", "triton", "epsanet_fused"):
         found += [f"{column} {value}" for value in rows[column].unique() if value]
-    rivals = rows["backend"].str.extract(r"^((?:onnxruntime|openvino) \S+)")[0].dropna()
-    return ", ".join([*found, *rivals.unique()])
+    others = rows["backend"].str.extract(r"^((?:onnxruntime|openvino) \S+)")[0].dropna()
+    return ", ".join([*found, *others.unique()])
 
 
 def pyplot() -> Any:

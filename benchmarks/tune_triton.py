@@ -119,7 +119,12 @@ def prepare(case: Case, workload: Workload, entry: Entry) -> tuple[Step, list[Te
 def compile_ahead(case: Case, device: torch.device, entry: Entry) -> None:
     """Run a case once, in another process: this fills Triton's cache on disk."""
     with running(case, entry):
-        PROVIDERS["triton"].prepare(Source(device, "randn").workload(case), case).step()
+        PROVIDERS["triton"].prepare(workload_of(case, device), case).step()
+
+
+@functools.lru_cache(maxsize=1)  # a worker compiles the entries of a case one after another
+def workload_of(case: Case, device: torch.device) -> Workload:
+    return Source(device, "randn").workload(case)
 
 
 def difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -129,18 +134,14 @@ def difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return torch.stack(found).max().item()
 
 
-def measure(
-    case: Case, args: argparse.Namespace, about: Row, workers: ProcessPoolExecutor
-) -> list[Row]:
+def measure(case: Case, args: argparse.Namespace, about: Row) -> list[Row]:
     """Compare each entry with the present table and time the right ones; return their rows."""
     on_gpu, tried = args.device.type == "cuda", entries(case)
-    if on_gpu:  # before the timings, which this would disturb
-        wait([workers.submit(compile_ahead, case, args.device, entry) for entry in tried.values()])
     # With a warm cache a graph is so short that the host is slower than the device.
     cold = on_gpu and case.batch > 1
     clock = make_clock(args.device, True) if cold else timing.make_clock(args.device, queued=True)
     about = about | {"cache": "cold" if cold else "warm", "clock": clock.name, "backend": "triton"}
-    workload = Source(args.device, "randn").workload(case)
+    workload = workload_of(case, args.device)
     rows, variants, expected = [], {}, []
     for name, entry in tried.items():
         rows.append(about | {"provider": name})
@@ -184,6 +185,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=positive_int, nargs="+", default=[128, 1, 32], help="(default: 128 1 32)")
     add("--dtype", choices=DTYPES, nargs="+", default=["float16"], help="(default: float16)")
     add("--memory-format", choices=MEMORY_FORMATS, nargs="+", default=list(MEMORY_FORMATS))
+    prepare_help = "compile the entries of all cases in processes, and measure nothing"
+    add("--prepare-only", action="store_true", help=prepare_help)
     add("--quick", action="store_true", help=argparse.SUPPRESS)  # a test with interpreted kernels
     add_shared(parser, 150.0)
     args = parse_shared(parser, argv)
@@ -193,17 +196,36 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def prepare_all(args: argparse.Namespace) -> int:
+    """Compile the entries of one case after another in other processes until the time is over."""
+    with ProcessPoolExecutor(
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as workers:
+        tasks = [
+            workers.submit(compile_ahead, case, args.device, entry)
+            for case in plan(args)
+            for entry in entries(case).values()
+        ]
+        done, _ = wait(tasks, timeout=args.seconds)
+        print(f"{len(done)} of {len(tasks)} entries compiled")
+        workers.shutdown(cancel_futures=True)
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure one case after another and print the faster entries; return the exit status."""
+    if args.prepare_only:
+        return prepare_all(args)
     deadline, results = time.perf_counter() + args.seconds, open_results(args)
     environment = describe(args.device) | {"provider": PRESENT, "input": "randn"}
-    workers = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
     for _, case in progress(plan(args), "case", lambda case: " ".join(map(str, case))):
-        about = case._asdict() | environment
+        about = case._asdict() | environment | {"scope": f"tune {case.scope}"}
         rows = [about | {"note": OUT_OF_TIME}]
         try:
             if time.perf_counter() < deadline:
-                rows = measure(case, args, about, workers)
+                rows = measure(case, args, about)
         except (RuntimeError, TritonError) as error:  # for example, for lack of memory
             rows = [about | failure(error)]
         for row in rows:

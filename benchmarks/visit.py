@@ -1,12 +1,12 @@
 """Run the checks and measurements on a GPU: three parts of at most nine minutes each.
 
-    python benchmarks/visit.py --part 1 --out out    # right? then the tail and the convolutions
-    python benchmarks/visit.py --part 2 --out out --append    # do users win?
-    python benchmarks/visit.py --part 3 --out out --append    # why, and the tables of defaults
+    python benchmarks/visit.py --part 1 --out out    # checks, then the tail and the convolutions
+    python benchmarks/visit.py --part 2 --out out    # networks and modules beside torch.compile
+    python benchmarks/visit.py --part 3 --out out    # counters, and data for the tables of defaults
 
-All rows are appended to out/results.csv the moment they are measured; out/log.txt has what the
-steps print. Each step is a process group with its own time: a crash or a hang of one does not end
-the others, and loses no row. Part 1 writes the convolution plans that part 2 reads. Nothing is
+Rows are appended to out/results.csv as soon as they are measured; out/log.txt has what the steps
+print. Each step is a process group with its own time: a crash or a hang of one does not end the
+others, and loses no row. Part 1 writes the convolution plans that part 2 reads. Nothing is
 installed or built, and no setting of the GPU is changed. The exit status is 0 if every check passed
 and no result was wrong.
 """
@@ -60,9 +60,9 @@ class Outcome(NamedTuple):
 
 def schedule(steps: Sequence[Step], seconds: float | None) -> list[list[Planned]]:
     """Give each group its seconds, or its share of ``seconds``, one after another."""
-    in_groups = groups(list(steps))
+    in_groups = groups(steps)
     lengths = [max(step.seconds for step in group) for group in in_groups]
-    scale = seconds / sum(lengths) if seconds else 1.0
+    scale = seconds / sum(lengths) if seconds and steps else 1.0
     planned, begin = [], 0.0
     for group, length in zip(in_groups, lengths, strict=True):
         planned.append([Planned(step, begin, begin + scale * length) for step in group])
@@ -73,7 +73,6 @@ def schedule(steps: Sequence[Step], seconds: float | None) -> list[list[Planned]
 def command_of(step: Step, args: argparse.Namespace, scratch: str, seconds: float) -> list[str]:
     """Return the command line of a step for this visit."""
     names = {"OUT": str(args.out), "PLANS": str(args.plans), "SCRATCH": scratch}
-    names["OUT/env.json"] = str(args.out / "env.json")
     command = [names.get(part, part) for part in step.command]
     if args.rehearse:
         command += (step.small or "").split()
@@ -82,14 +81,14 @@ def command_of(step: Step, args: argparse.Namespace, scratch: str, seconds: floa
     return command
 
 
-def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def start(step: Step, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a step in a process group of its own. Its log begins with its command."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
-    # By default Inductor starts a process for each core, in each of the steps beside each other.
-    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
+    if step.beside:  # each would take all cores
+        env |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
     with log.open("wb") as out:
-        out.write(f"\n===== {log.name}: {' '.join(command)}\n".encode())
+        out.write(f"\n===== {step.name}: {' '.join(command)}\n".encode())
         out.flush()
         return subprocess.Popen(
             command, stdout=out, stderr=out, cwd=ROOT, env=env, start_new_session=True
@@ -126,7 +125,7 @@ def run_group(group: Sequence[Planned], args: argparse.Namespace, left: float) -
         steps = [planned.step for planned in group]
         logs = [Path(folder, step.name) for step in steps]
         commands = [command_of(step, args, folder, left) for step in steps]
-        processes = [start(*item) for item in zip(commands, logs, strict=True)]
+        processes = [start(*item) for item in zip(steps, commands, logs, strict=True)]
         try:
             ended = wait(processes, began + max(1.0, left))
             in_time = [process.poll() is not None for process in processes]
@@ -155,6 +154,8 @@ def last_line(log: Path) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run the parts one after another and print how each step ended; return the exit status."""
     open_results(args)
+    if 2 in args.part and 1 not in args.part and not args.plans.exists():
+        print(f"There is no {args.plans}: each convolution is measured first. See --plans")
     outcomes: list[Outcome] = []
     for part in args.part:
         steps, missing = runnable(part, args)
@@ -223,11 +224,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder of the results (default: out)")
     plans_help = "the plans that part 1 writes and part 2 reads (default: plans.json in --out)"
     add("--plans", type=Path, metavar="FILE", help=plans_help)
-    add("--append", action="store_true", help="keep the rows that results.csv holds")
     add("--dry-run", action="store_true", help="print the plan and stop")
     rehearse_help = "the same steps at small sizes on the CPU, without those that need a GPU"
     add("--rehearse", action="store_true", help=rehearse_help)
     args = parser.parse_args(argv)
+    args.append = True  # to the results of other parts
     args.out = args.out.resolve()
     args.plans = (args.plans or args.out / "plans.json").resolve()
     return args

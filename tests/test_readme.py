@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 
 import pytest
 import torch
+from harness.results import read_rows
 from helpers.processes import PAGES, ROOT, python_blocks
 
 import epsanet_fused as ef
@@ -69,74 +69,143 @@ def test_every_python_block_is_run() -> None:
     assert python_blocks(PATHS["README.md"], needs_more=True) == []
 
 
-def results(name: str) -> list[dict[str, str]]:
-    file = ROOT / "benchmarks/results/cpu-intel-xeon" / name
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+RESULTS = read_rows(ROOT / "benchmarks/results/cpu-amd-epyc/results.csv")
+# The rows of the tables by their labels: the provider in inference, and in training.
+PROVIDERS = {
+    "official, eager": ("eager", "eager"),
+    "official, torch.compile": ("compile-freezing", None),
+    "official, ONNX Runtime": ("onnxruntime", None),
+    "official, OpenVINO": ("openvino", None),
+    "this package": ("optimized", "planned"),
+    "this package, torch.compile": ("optimized-compile", None),
+}
+POINTS = [(dtype, batch) for dtype in ("float32", "bfloat16") for batch in ("1", "8")]
 
 
-# What the columns of README's table hold, for networks and for the tail.
-NETWORK = ("eager", "compile-freezing", "optimized", "optimized-compile",
-           "resnet50:compile-freezing")  # fmt: skip
-TRAINING = ("eager", None, "planned", None, None)
-TAIL = ("eager", "compile", "fused", None, None)
+def timed(scope: str, mode: str, provider: str | None, **columns: str) -> dict[str, str] | None:
+    """Return the fastest row of a provider, or None if it was not timed."""
+    wanted = columns | {"scope": scope, "mode": mode, "provider": provider}
+    rows = [r for r in RESULTS if r["ms_p50"] and all(r[k] == v for k, v in wanted.items())]
+    return min(rows, key=lambda r: float(r["ms_p50"]), default=None)
 
 
-@pytest.mark.parametrize(
-    ("what", "file", "providers", "digits"),
-    [
-        ("EPSANet-50, inference", "network-inference.csv", NETWORK, 1),
-        ("EPSANet-50, training step", "network-training.csv", TRAINING, 1),
-        ("tail, inference, S", "tail-inference.csv", TAIL, 3),
-    ],
-)
-def test_the_table_of_readme_is_the_measured_one(what, file, providers, digits) -> None:
-    shown = re.findall(rf"^\| {what}(\d?) \| (\w+) \| (\d+) \|(.*)\|$", README, re.MULTILINE)
-    rows = results(file)
-    assert len(shown) == len({(r["stage"], r["dtype"], r["batch"]) for r in rows})
-    for stage, dtype, batch, cells in shown:
-        point = (f"S{stage}" if stage else "all", dtype, batch)
-        measured = {
-            r["provider"]: float(r["ms_p50"])
-            for r in rows
-            if (r["stage"], r["dtype"], r["batch"]) == point
-        }
-        for cell, provider in zip(cells.split("|"), providers, strict=True):
-            expected = "" if provider is None else f"{measured[provider]:.{digits}f}"
-            assert cell.strip() == expected, (point, provider)
+def table_rows(text: str, heading: str) -> dict[str, list[str]]:
+    """Return the cells of a table by the label of each row; the table's first cell is given."""
+    found = re.search(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    lines = [line.strip("|").split("|") for line in found[1].splitlines()]
+    return {label.strip(): [cell.strip() for cell in cells] for label, *cells in lines}
+
+
+def milliseconds(row: dict[str, str] | None, digits: int) -> str:
+    return "" if row is None else f"{float(row['ms_p50']):.{digits}f}"
+
+
+def networks(provider: tuple[str | None, str | None], baseline: str = "") -> list[str]:
+    """Return the cells of README's first table."""
+    inference, training = (name and baseline + name for name in provider)
+    cells = [
+        milliseconds(timed("network", "inference", inference, dtype=dtype, batch=batch), 1)
+        for dtype, batch in POINTS
+    ]
+    for dtype in ("float32", "bfloat16"):
+        row = timed("network", "training", training, dtype=dtype)
+        cells.append(milliseconds(row, 1))
+    return cells
+
+
+def test_the_networks_of_readme_are_the_measured_ones() -> None:
+    shown = table_rows(README, "ms")
+    assert set(shown) == {*PROVIDERS, "ResNet-50, fastest of these"}
+    for label, provider in PROVIDERS.items():
+        assert shown[label] == networks(provider), label
+    others = [networks(provider, "resnet50:") for provider in PROVIDERS.values()]
+    fastest = [
+        min((cell for cell in cells if cell), key=float) for cells in zip(*others, strict=True)
+    ]
+    assert shown["ResNet-50, fastest of these"] == fastest
+
+
+def test_the_tails_of_readme_are_the_measured_ones() -> None:
+    shown = table_rows(README, "tail, ms")
+    providers = {"official, eager": "eager", "official, torch.compile": "compile"}
+    providers["this package"] = "fused"
+    assert set(shown) == set(providers)
+    for label, provider in providers.items():
+        point = {"batch": "8", "dtype": "float32", "memory_format": "nchw"}
+        rows = [timed("tail", "inference", provider, case=f"S{i}", **point) for i in (1, 2, 3, 4)]
+        assert shown[label] == [milliseconds(row, 3) for row in rows], label
+
+
+def test_the_networks_of_performance_are_the_measured_ones() -> None:
+    """The same in docs/performance.md, ResNet-50 by each provider included, with the memory."""
+    for heading, baseline in (("EPSANet-50", ""), ("ResNet-50", "resnet50:")):
+        shown = table_rows(TEXT["performance.md"], heading)
+        assert set(shown) == set(PROVIDERS)
+        for label, (provider, _) in PROVIDERS.items():
+            for cell, (dtype, batch) in zip(shown[label], POINTS, strict=True):
+                row = timed("network", "inference", baseline + provider, dtype=dtype, batch=batch)
+                peak = row and row["peak_extra_bytes"]
+                memory = f", {float(peak) / 1e6:.1f} MB" if peak else ""
+                expected = "" if row is None else f"{milliseconds(row, 1)} ms{memory}"
+                assert cell == expected, (label, dtype, batch)
 
 
 def test_the_output_of_make_bench_is_the_measured_one() -> None:
-    rows = results("tail-inference.csv")
-    measured = {(r["stage"], r["provider"]): float(r["ms_p50"]) for r in rows}
     pattern = r"^(S\d)\s+(\S+)\s+\S+\s+([\d.]+)\s+\["
     shown = re.findall(pattern, TEXT["performance.md"], re.MULTILINE)
-    assert len(shown) == len(measured)
-    for stage, provider, milliseconds in shown:
-        assert float(milliseconds) == round(measured[stage, provider], 3)
+    assert len(shown) == 20
+    for stage, provider, found in shown:
+        point = {"batch": "8", "dtype": "float32", "memory_format": "nchw", "case": stage}
+        assert found == milliseconds(timed("tail", "inference", provider, **point), 3)
+
+
+def speeds(dtype: str, batch: str) -> list[float]:
+    """Return the tail's speed-ups over the official one, in both memory formats."""
+    rows = [
+        timed("tail", "inference", "fused", dtype=dtype, batch=batch, case=f"S{i}", memory_format=f)
+        for f in ("nchw", "channels_last")
+        for i in (1, 2, 3, 4)
+    ]
+    return [float(row["speedup"]) for row in rows]
 
 
 def test_the_speeds_at_batch_1_are_the_measured_ones() -> None:
     words = " ".join(README.split())
     for dtype in ("float32", "bfloat16"):
         low, high = re.search(rf"([\d.]+) to ([\d.]+) times \({dtype}\)", words).groups()
-        speeds = [
-            float(r["speedup"])
-            for r in results("tail-targets.csv")
-            if (r["batch"], r["dtype"], r["provider"]) == ("1", dtype, "fused")
-        ]
-        assert len(speeds) == 8
-        assert (float(low), float(high)) == (round(min(speeds), 1), round(max(speeds), 1))
+        found = speeds(dtype, "1")
+        assert (float(low), float(high)) == (round(min(found), 1), round(max(found), 1))
+
+
+def test_the_speeds_of_the_tail_in_performance_are_the_measured_ones() -> None:
+    lines = re.findall(
+        r"^\| (float32|bfloat16) \| (1|16) \| (nchw|channels_last) \| \d+x \|(.*)\|$",
+        TEXT["performance.md"],
+        re.MULTILINE,
+    )
+    assert len(lines) == 8
+    for dtype, batch, memory_format, cells in lines:
+        for i, cell in enumerate(cells.split("|"), 1):
+            point = {"dtype": dtype, "batch": batch, "memory_format": memory_format}
+            ours, eager, compiled = (
+                float(timed("tail", "inference", name, case=f"S{i}", **point)["ms_p50"])
+                for name in ("fused", "eager", "compile")
+            )
+            expected = f"{1e3 * ours:.0f} us, {eager / ours:.1f}x, {compiled / ours:.1f}x"
+            assert cell.strip().removesuffix(" **short**") == expected, (dtype, batch, i)
 
 
 def test_the_times_of_a_training_step_are_the_measured_ones() -> None:
     measured = {
-        (r["dtype"], r["provider"]): f"{float(r['ms_p50']) / 1e3:.2f}"
-        for r in results("network-training.csv")
+        (
+            dtype,
+            provider,
+        ): f"{float(timed('network', 'training', provider, dtype=dtype)['ms_p50']) / 1e3:.2f}"
+        for dtype in ("float32", "bfloat16")
+        for provider in ("planned", "eager")
     }
     words = " ".join(USAGE.split())
     shown = re.search(
         r"takes (\S+) s where the .* takes (\S+) s \(float32; (\S+) and (\S+) s", words
     )
-    expected = [(d, p) for d in ("float32", "bfloat16") for p in ("planned", "eager")]
-    assert list(shown.groups()) == [measured[point] for point in expected]
+    assert list(shown.groups()) == list(measured.values())

@@ -1,1 +1,1 @@
-"""What all benchmarks share: cases, providers, accuracy, clocks, memory, results."""
+"""Cases, providers, accuracy check, clocks, memory and results of all benchmarks."""

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
     scope: str
     mode: str
-    case: str  # a stage, a shape such as "64x56x56", or "all" for a network
+    case: str  # a stage, a shape such as "64x56x56", or a network: "all" of EPSANet-50 at 224x224
     batch: int
     dtype: str
     memory_format: str
@@ -235,8 +235,9 @@ class Source:
 
 
 def shape_of(case: str) -> tuple[int, int, int]:
-    """Return the channels, the height and the width of a stage or of a shape such as "64x56x56"."""
-    if case in STAGES:
-        return STAGES[case]
-    channels, height, width = map(int, case.split("x"))
+    """Return the channels, the height and the width of a case of a tail or a module."""
+    size = case.partition(" ")[0]
+    if size in STAGES:
+        return STAGES[size]
+    channels, height, width = map(int, size.split("x"))
     return channels, height, width

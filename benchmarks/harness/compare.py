@@ -12,6 +12,7 @@ from harness.results import POINT, format_table, read_rows
 
 KEY = (*POINT, "provider")
 VERDICTS = ("faster", "slower", "tied")
+CONDITIONS = ("device", "threads", "clock")
 TIMES = ("ms_p20", "ms_p50", "ms_p80", "ms_low", "ms_high", "samples")
 
 
@@ -31,7 +32,8 @@ def compare(before: Path, after: Path, margin: float) -> tuple[str, dict[str, in
     Raises:
         ValueError: if a file is none of the benchmarks, or they have no row in common.
     """
-    first, second = timed_rows(before), timed_rows(after)
+    rows = read(before), read(after)
+    first, second = timings_of(before, rows[0]), timings_of(after, rows[1])
     shared = [key for key in first if key in second]
     if not shared:
         raise ValueError(f"{before} and {after} have no timed row in common")
@@ -45,28 +47,39 @@ def compare(before: Path, after: Path, margin: float) -> tuple[str, dict[str, in
         counts[verdict] = counts.get(verdict, 0) + 1
         name = " ".join(key[i] for i in varying) or key[-1]
         cells.append((name, f"{a.p50:.4g}", f"{b.p50:.4g}", f"{ratio:.3f}", verdict))
-    return format_table(cells), counts
+    lines = [format_table(cells)]
+    for column in CONDITIONS:
+        a, b = (" and ".join(sorted({row[column] for row in each})) for each in rows)
+        if a != b:
+            lines.append(f"The files differ in {column}, so this compares no code: {a}; {b}")
+    return "\n".join(lines), counts
 
 
-def timed_rows(path: Path) -> dict[tuple[str, ...], Timing]:
-    """Return the timings of a file by their key.
+def read(path: Path) -> list[dict[str, str]]:
+    """Read the timed rows of a file.
 
     Raises:
-        ValueError: if the file lacks a column, or has two rows of one key.
+        ValueError: if it lacks a column.
     """
     try:
         rows = read_rows(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: must be a CSV file of the benchmarks: {error}") from error
+    for row in rows:
+        if missing := [name for name in (*KEY, *TIMES, *CONDITIONS) if row.get(name) is None]:
+            raise ValueError(f"{path}: must be a CSV file of the benchmarks, lacks {missing[0]}")
+    return [row for row in rows if row["ms_p50"] != ""]
+
+
+def timings_of(path: Path, rows: list[dict[str, str]]) -> dict[tuple[str, ...], Timing]:
+    """Return the timings of a file by their key; of two rows with one key, the later one.
+
+    Raises:
+        ValueError: if a time is no number.
+    """
     found: dict[tuple[str, ...], Timing] = {}
     for row in rows:
-        if missing := [name for name in (*KEY, *TIMES) if row.get(name) is None]:
-            raise ValueError(f"{path}: must be a CSV file of the benchmarks, lacks {missing[0]}")
-        if row["ms_p50"] == "":
-            continue
         key = tuple(row[name] for name in KEY)
-        if key in found:
-            raise ValueError(f"{path}: has two rows of {' '.join(key)}")
         try:
             found[key] = Timing(*(float(row[name]) for name in TIMES[:-1]), int(row["samples"]))
         except ValueError as error:
@@ -82,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--margin", type=float, default=3.0, help=margin_help)
     args = parser.parse_args(argv)
     if not 0 <= args.margin < 100:
-        parser.error(f"argument --margin: must be from 0 to 100, got {args.margin}")
+        parser.error(f"argument --margin: must be at least 0 and below 100, got {args.margin}")
     try:
         table, counts = compare(args.before, args.after, args.margin / 100)
     except ValueError as error:

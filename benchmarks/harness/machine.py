@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -20,11 +18,6 @@ from epsanet_fused.utils.device_info import cpu_model
 MACHINE = (
     "device", "driver", "python", "torch", "triton", "cuda", "cudnn", "epsanet_fused", "threads",
 )  # fmt: skip
-SMI_FIELDS = (
-    "name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm",
-    "clocks.max.mem", "power.limit", "temperature.gpu", "pstate", "persistence_mode",
-    "mig.mode.current",
-)  # fmt: skip
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -32,7 +25,7 @@ def describe(device: torch.device) -> dict[str, str]:
     cuda = device.type == "cuda"
     values = (
         torch.cuda.get_device_name(device) if cuda else cpu_model(),
-        query_smi(("driver_version",)).get("driver_version", "") if cuda else "",
+        query_smi("driver_version") if cuda else "",
         platform.python_version(),
         torch.__version__,
         version_of("triton"),
@@ -52,32 +45,23 @@ def version_of(package: str) -> str:
     return importlib.metadata.version(names[0]) if names else "unknown"
 
 
-def query_smi(fields: tuple[str, ...]) -> dict[str, str]:
-    """Ask nvidia-smi about the first GPU; without nvidia-smi return nothing.
-
-    A driver that does not know one field refuses the whole query. Then each field is queried by
-    itself.
-    """
+def query_smi(field: str) -> str:
+    """Ask nvidia-smi for a property of the first GPU; "" if it can't tell."""
     if shutil.which("nvidia-smi") is None:
-        return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
-        return {}
-    values = done.stdout.partition("\n")[0].split(",") if done.returncode == 0 else []
-    if len(values) == len(fields):
-        return dict(zip(fields, map(str.strip, values), strict=True))
-    if len(fields) == 1:
-        return {}
-    return {k: v for field in fields for k, v in query_smi((field,)).items()}
+        return ""
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
 
 
 def unseen_gpu() -> str | None:
     """Return a line about an NVIDIA GPU of this machine that PyTorch does not see, or None."""
     if torch.cuda.is_available():
         return None
-    name = query_smi(("name",)).get("name", "")
+    name = query_smi("name")
     if not name and not any(Path("/proc/driver/nvidia/gpus").glob("*")):
         return None
     build = torch.version.cuda
@@ -96,22 +80,3 @@ def cache_bytes(device: torch.device) -> int:
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     kilobytes = [int(text[:-1]) for s in sizes if (text := s.read_text().strip()).endswith("K")]
     return max(kilobytes, default=32 * 1024) * 1024
-
-
-def describe_gpu() -> dict[str, object]:
-    """Return the contents of env.json: the GPU's properties, driver and versions."""
-    device = torch.device("cuda")
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        **describe(device),
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
-        "nvidia_smi": query_smi(SMI_FIELDS),
-    }
-
-
-if __name__ == "__main__":
-    found = describe_gpu() if torch.cuda.is_available() else describe(torch.device("cpu"))
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=2) + "\n")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import epsanet_fused as ef
 from epsanet_fused.backends.registry import PATHS, resolve
-from harness import rivals
+from harness import exported
 from harness.cases import MODES, SCOPES, Case, NormTail, Workload
 from harness.networks import BASELINES
 from harness.steps import Step, make_step
@@ -94,6 +94,9 @@ def _apart(workload: Workload, case: Case) -> Prepared:
 
 def _compiled(ours: bool, compile_mode: str | None, workload: Workload, case: Case) -> Prepared:
     module = workload.fused if ours else workload.official
+    if compile_mode:  # its CUDA graphs read the inputs in place, as those of the other providers
+        for x in workload.inputs:
+            torch._dynamo.mark_static_address(x)
     compiled = torch.compile(module, dynamic=False, mode=compile_mode)
     with _repeatable_backward() if case.mode == "backward" else nullcontext():
         step = make_step(compiled, workload.inputs, case)
@@ -125,8 +128,8 @@ _optimized_models: list[tuple[nn.Module, bool, nn.Module]] = []
 
 def optimized(workload: Workload, cuda_graph: bool = False) -> nn.Module:
     """Return the official network after optimize_for_inference; made once for all providers."""
-    for model, graphed, made in _optimized_models:
-        if model is workload.official and graphed == cuda_graph:
+    for model, with_graph, made in _optimized_models:
+        if model is workload.official and with_graph == cuda_graph:
             return made
     x = workload.inputs[0]
     # On a GPU the search takes minutes, and 16-bit convolutions run in channels_last there.
@@ -198,7 +201,7 @@ def graphed(prepare: Prepare, workload: Workload, case: Case) -> Prepared:
     return Prepared(replay, inner.backend, inner.choice, inner.step)
 
 
-def _rival(prepare: rivals.Prepare, workload: Workload, case: Case) -> Prepared:
+def _rival(prepare: exported.Prepare, workload: Workload, case: Case) -> Prepared:
     step, backend = prepare(workload.official, workload.inputs[0])
     return Prepared(step, backend)
 
@@ -243,10 +246,10 @@ def _table() -> dict[str, Provider]:
         "optimized-graph": P("optimized, in a CUDA graph", bind(_optimized, True), (_cuda,),
                              cost=OPTIMIZES, **tuned),
         "onnxruntime": P("the official code, exported, by ONNX Runtime",
-                         bind(_rival, rivals.onnxruntime), (rivals.needs("onnxruntime"),),
+                         bind(_rival, exported.onnxruntime), (exported.needs("onnxruntime"),),
                          cost=OPTIMIZES, refuses=True, **tuned),
-        "openvino": P("the official code, exported, by OpenVINO", bind(_rival, rivals.openvino),
-                      (rivals.needs("openvino"),), cost=OPTIMIZES, refuses=True, **tuned),
+        "openvino": P("the official code, exported, by OpenVINO", bind(_rival, exported.openvino),
+                      (exported.needs("openvino"),), cost=OPTIMIZES, refuses=True, **tuned),
         "compile": P("the official code under torch.compile", bind(_compiled, False, None),
                      (_compiler,), cost=COMPILES),
         "compile-freezing": P("compile with Inductor's freezing", frozen, (_compiler,),
@@ -267,12 +270,10 @@ def _table() -> dict[str, Provider]:
             scopes = ("tail", "module", "network")
             table[name] = P(f"fused, with the backend {name}", bind(_ours, name),
                             (bind(_backend, name),), scopes, refuses=name in PATHS)  # fmt: skip
-    for name, base in (("planned", "fused"), ("planned-triton", "triton")):
-        table[name] = table[base]._replace(
-            about=f"{base}, with the fastest merges of groups in training",
-            prepare=bind(_planned, table[base].prepare), scopes=("module", "network"),
-            modes=("training",), cost=OPTIMIZES,
-        )  # fmt: skip
+    table["planned"] = P(
+        "fused, with the fastest merges of groups", bind(_planned, ours),
+        scopes=("module", "network"), modes=("training",), cost=OPTIMIZES,
+    )  # fmt: skip
     for baseline, name in itertools.product(BASELINES, FOR_BASELINES):
         prepare = bind(_of_baseline, baseline, table[name].prepare)
         table[f"{baseline}:{name}"] = table[name]._replace(

@@ -7,7 +7,6 @@ import gc
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +72,8 @@ class Runner:
         reasons = {n: PROVIDERS[n].unavailable_reason(self.device) for n in providers}
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
         self.names = [name for name in providers if name not in self.skipped]
+        gc.collect()
+        gc.freeze()  # or each collection would take as long as a case of the tail
         if pairs:  # after the first, those that are ready soonest
             self.names[1:] = sorted(self.names[1:], key=lambda name: PROVIDERS[name].cost)
 
@@ -90,14 +91,14 @@ class Runner:
         began = time.perf_counter()
         # The compilations of earlier cases would count against the limit above.
         torch._dynamo.reset()
-        deadline = began + (left if self.pairs else MAX_PREPARE_SHARE * left)
+        deadline = began + (seconds if self.pairs else MAX_PREPARE_SHARE * left)
         try:
             with torch.set_grad_enabled(case.mode != "inference"):
                 workloads = {c: self.source.workload(c) for c in in_each_format(case)}
                 measure = self._measure_pairs if self.pairs else self._measure_together
                 measure(workloads, deadline, began + seconds)
         except RuntimeError as error:  # for example, for lack of memory
-            self.add(self.row(case, "all") | failure(error))
+            self.results.add(self.row(case, "all") | failure(error))
         gc.collect()
 
     def _measure_together(
@@ -114,7 +115,7 @@ class Runner:
                 found[name] = self._prepare_best(name, workloads, checkers)
         rows = self._time(first, workload, found, max(0.0, end - time.perf_counter()))
         for row in rows:
-            self.add(row)
+            self.results.add(row)
 
     def _measure_pairs(
         self, workloads: Mapping[Case, Workload], deadline: float, _end: float
@@ -125,14 +126,18 @@ class Runner:
         first: dict[str, Candidate] = {}
         for name in self._fitting(case):
             if first and time.perf_counter() > deadline:
-                self.add(self.row(case, name) | {"note": OUT_OF_TIME})
+                self.results.add(self.row(case, name) | {"note": OUT_OF_TIME})
                 continue
             candidate = self._prepare_best(name, workloads, checkers)
             first = first or {name: candidate}
             seconds = min(PAIR_SECONDS, max(0.0, deadline - time.perf_counter()))
-            for row in self._time(case, workload, first | {name: candidate}, seconds):
+            try:
+                rows = self._time(case, workload, first | {name: candidate}, seconds)
+            except RuntimeError as error:  # for example, for lack of memory
+                rows = [candidate.row | failure(error)]
+            for row in rows:
                 if row["provider"] in ((name, "copy") if name in first else (name,)):
-                    self.add(row)
+                    self.results.add(row)
             del candidate
             gc.collect()
 
@@ -145,22 +150,18 @@ class Runner:
         """
         torch._dynamo.reset()
         names = [n for n in self._fitting(case) if PROVIDERS[n].cost in (QUICK, COMPILES)]
-        for name, each in itertools.product(names, in_each_format(case)):
+        names.sort(key=lambda name: -PROVIDERS[name].cost)
+        workloads = {c: self.source.workload(c) for c in in_each_format(case)}
+        for name, (each, workload) in itertools.product(names, workloads.items()):
             began = time.perf_counter()
             if began > deadline:
                 return
             try:
-                self._run_once(name, each)
+                run_once(name, each, workload)
                 result = f"{time.perf_counter() - began:.0f} s"
             except Exception as error:  # the measurement will report it
                 result = f"{type(error).__name__}: {error}"[:300]
             print(f"{' '.join(map(str, each))} {name}: {result}", flush=True)
-
-    def _run_once(self, name: str, case: Case) -> None:
-        with torch.set_grad_enabled(case.mode != "inference"):
-            prepared = PROVIDERS[name].prepare(self.source.workload(case), case)
-            with ef.use_backend(prepared.choice):
-                prepared.step()
 
     def _fitting(self, case: Case) -> list[str]:
         return [name for name in self.names if PROVIDERS[name].fits(case.scope, case.mode)]
@@ -168,7 +169,7 @@ class Runner:
     def _prepare_best(
         self, name: str, workloads: Mapping[Case, Workload], checkers: NetworkCheckers
     ) -> Candidate:
-        """Prepare and check a provider in its faster memory format, and measure its memory."""
+        """Prepare and check a provider in its faster memory format."""
         tried = list(workloads.items())[: 1 if PROVIDERS[name].any_format else None]
         candidates = [self._prepare(name, *point, checkers) for point in tried]
         right = {i: c.prepared for i, c in enumerate(candidates) if c.prepared is not None}
@@ -179,24 +180,22 @@ class Runner:
             best = min(timings, key=lambda i: timings[i].p50)
         for i, candidate in enumerate(candidates):
             if candidate.row["ok"] is False and i != best:
-                self.add(candidate.row)
-        row, prepared = candidates[best]
-        if prepared is not None and prepared.memory_step is not None:
-            with ef.use_backend(prepared.choice):
-                row["peak_extra_bytes"] = peak_extra_bytes(prepared.memory_step, self.device)
-        if prepared is not None and self.trace is not None:
-            self._write_trace(row, prepared)
+                self.results.add(candidate.row)
+        if self.trace is not None and candidates[best].prepared is not None:
+            self._write_trace(*candidates[best])
         return candidates[best]
 
     def _prepare(
         self, name: str, case: Case, workload: Workload, checkers: NetworkCheckers
     ) -> Candidate:
-        """Prepare a provider, run it once and compare its result with the expected one."""
+        """Prepare a provider, compare its result with the expected one, and measure its memory."""
         row = self.row(case, name)
         try:
             prepared = PROVIDERS[name].prepare(workload, case)
             with ef.use_backend(prepared.choice):
                 accuracy = checkers.check(name, prepared.step(), workload, case)
+                if accuracy.ok and prepared.memory_step is not None:
+                    row["peak_extra_bytes"] = peak_extra_bytes(prepared.memory_step, self.device)
         except Exception as error:  # an error of one provider must not end the others
             refused = isinstance(error, ValueError) and PROVIDERS[name].refuses
             return Candidate(row | ({"note": str(error)} if refused else failure(error)), None)
@@ -215,7 +214,7 @@ class Runner:
             for row in rows.values():
                 row["necessary_bytes"] = NECESSARY[case.mode] * workload.output_bytes
             out = torch.cat([x.detach() for x in workload.inputs], 1)
-            variants["copy"] = Variant(out.clone, nullcontext)
+            variants["copy"] = Variant(out.clone)
             rows["copy"] = self.row(case, "copy") | {"backend": "pytorch"}
             rows["copy"]["necessary_bytes"] = NECESSARY["inference"] * workload.output_bytes
         found = []
@@ -239,10 +238,6 @@ class Runner:
                 torch.cuda.synchronize()
         profiled.export_chrome_trace(str(self.trace / f"trace-{name}.json"))
 
-    def add(self, row: Mapping[str, object]) -> None:
-        """Write a row."""
-        self.results.add(row)
-
     def row(self, case: Case, provider: str) -> dict[str, object]:
         """Return a row without results."""
         about = {"provider": provider, "input": self.source.input, "ok": ""}
@@ -254,6 +249,14 @@ def in_each_format(case: Case) -> list[Case]:
     best = case.memory_format == "best"
     formats = tuple(MEMORY_FORMATS) if best else (case.memory_format,)
     return [case._replace(memory_format=name) for name in formats]
+
+
+def run_once(name: str, case: Case, workload: Workload) -> None:
+    """Prepare a provider and run its step once."""
+    with torch.set_grad_enabled(case.mode != "inference"):
+        prepared = PROVIDERS[name].prepare(workload, case)
+        with ef.use_backend(prepared.choice):
+            prepared.step()
 
 
 def make_variant(prepared: Prepared) -> Variant:

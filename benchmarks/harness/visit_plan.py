@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,10 +97,9 @@ def part_1() -> list[Step]:
     backward = bench("tail-backward", 60, f"{HALF} --mode backward --batch 128 1 32 256 {TAIL}")
     plans = "plan_cost.py --batch 128 1 --mode inference training --plan-file PLANS"
     small_plans = "--device cpu --dtype float32 --batch 2 --image-size 64"
-    environment = (sys.executable, str(BENCHMARKS / "harness" / "machine.py"), "OUT/env.json")
     return [
         Step("self-check", 25, (sys.executable, "-m", "epsanet_fused"), ""),
-        Step("environment", 15, environment, ""),
+        Step("environment", 15, ("nvidia-smi", "-q"), needs="nvidia-smi"),
         tests("large-tests", 55, LARGE, workers=False),
         tests("tests", 150, f"not ({LARGE})", workers=True),
         sanitizer("memcheck", 150)._replace(beside=True),
@@ -113,7 +113,7 @@ def part_1() -> list[Step]:
 
 
 # The steps whose compilation takes minutes.
-COMPILED_EARLY = ("network-inference", "network-training", "network-batch-1")
+COMPILED_EARLY = ("network-inference", "network-training", "network-batch-1", "module")
 
 
 def part_2() -> list[Step]:
@@ -122,7 +122,7 @@ def part_2() -> list[Step]:
         "eager fused fused-graph eager-graph resnet50:eager optimized optimized-graph"
         " resnet50:optimized-graph compile resnet50:compile"
     )
-    training = "eager fused triton cuda resnet50:eager planned planned-triton compile"
+    training = "eager fused triton cuda resnet50:eager planned compile"
     single = (
         "eager fused eager-graph resnet50:eager-graph optimized optimized-graph"
         " resnet50:optimized-graph compile-reduce-overhead"
@@ -151,27 +151,29 @@ def part_2() -> list[Step]:
 def part_3() -> list[Step]:
     """Measure why, and for the tables of defaults."""
     compiled = "eager fused compile compile-max-autotune"
-    tail = f"{HALF} --batch 128 --cache cold --stages S1 S2 --mode inference training"
+    tail = f"{HALF} --batch 128 --cache cold --stages S1 --mode inference training"
     wide = f"--dtype bfloat16 float32 --batch 128 {TAIL}"
     norm = f"--scope norm --mode training {BOTH} --cache cold --dtype float16 float32"
-    ncu = "counters.py --stages S1 S2 S4 --metrics"
+    ncu = "counters.py --stages S1 S2 S4 --providers cuda:one_pass --metrics"
+    tune = script("tune", 100, "tune_triton.py")
     return [
+        # It may not know bulk copies: its word alone fails nothing.
+        sanitizer("racecheck", 70)._replace(beside=True, may_fail=True),
+        compiling(tune, 70),
         script("counters-traffic", 60, f"{ncu} traffic", "--device cpu"),
         script("counters-stalls", 60, f"{ncu} stalls", "--device cpu"),
         bench("tail-compiled", 90, f"{tail} --pairs --providers {compiled}"),
-        script("tune", 100, "tune_triton.py"),
+        tune,
         bench("norm-training", 40, f"{norm} --batch 128 32 --providers eager apart fused"),
         bench("tail-forward-dtypes", 50, wide),
         bench("tail-backward-dtypes", 50, f"{wide} --mode backward"),
-        # It may not know bulk copies: its word alone fails nothing.
-        sanitizer("racecheck", 70)._replace(may_fail=True),
     ]
 
 
 PARTS = {1: part_1, 2: part_2, 3: part_3}
 
 
-def groups(steps: list[Step]) -> list[list[Step]]:
+def groups(steps: Sequence[Step]) -> list[list[Step]]:
     """Group neighbouring steps that run beside each other. The order stays."""
     found: list[list[Step]] = []
     for step in steps:

@@ -110,17 +110,21 @@ class CudaClock:
 class QueuedClock:
     """Device time alone: the device waits until the host has queued all kernels of the calls.
 
-    So runs a network whose host is ahead of its device, or a CUDA graph.
+    So runs a network whose host is ahead of its device, or a CUDA graph. ``before`` runs untimed
+    before each attempt, for example to empty a cache.
     """
 
     name: str = "device events, queued"
     single: bool = False
     # The host's time for one call, in milliseconds: at first a guess.
     host_ms: float = 0.2
+    before: Callable[[], object] | None = None
 
     def measure(self, call: Callable[[], object], calls: int) -> float:
         """Return the milliseconds per call."""
         while True:
+            if self.before is not None:
+                self.before()
             wait_ms = 1.5 * self.host_ms * calls
             torch.cuda._sleep(int(wait_ms * CYCLES_PER_MS))
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -146,7 +146,7 @@ def test_network_scope_times_each_provider_in_its_faster_memory_format(
     assert status == 0
     assert [row["provider"] for row in rows] == names.split()
     assert {row["memory_format"] for row in rows} <= set(cases.MEMORY_FORMATS)
-    assert {(row["case"], row["batch"]) for row in rows} == {("all", "1")}
+    assert {(row["case"], row["batch"]) for row in rows} == {("3x64x64", "1")}
     assert_valid(rows)
 
 
@@ -159,7 +159,7 @@ def test_own_size_kernels_and_groups(scope, run_bench):
     assert status == 0
     assert_valid(rows)
     points = {(row["case"], row["batch"], row["input"]) for row in rows}
-    assert points == {("64x9x7", "2", "randn")}
+    assert points == {("64x9x7 kernels 3-5-7-9 groups 1-2-4-8", "2", "randn")}
     if scope == "tail":
         assert int(rows[0]["necessary_bytes"]) == 2 * (2 * 64 * 9 * 7 * 4)
 
@@ -196,7 +196,7 @@ def test_own_network_is_found_in_the_working_folder(tmp_path):
     found = [(row["mode"], row["provider"]) for row in rows]
     assert found == [(m, p) for m in ("inference", "training") for p in ("eager", "fused")]
     points = {(row["scope"], row["case"], row["batch"], row["input"]) for row in rows}
-    assert points == {("network", "all", "2", "randn")}
+    assert points == {("network", "my_networks:small 4x16x20", "2", "randn")}
 
 
 def test_wrong_result_in_one_of_two_memory_formats_fails(run_bench, monkeypatch):

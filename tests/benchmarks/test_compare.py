@@ -98,12 +98,22 @@ def test_files_without_a_row_in_common_are_refused(tmp_path, capsys):
     assert f"{a} and {b} have no timed row in common" in refusal(capsys, a, b)
 
 
-def test_two_rows_of_one_key_are_refused(tmp_path, capsys):
+def test_of_two_rows_of_one_key_the_later_counts(tmp_path, capsys):
     a = write(tmp_path / "a.csv", {"eager": (2, 0.1)})
-    b = write(tmp_path / "b.csv", {"eager": (2, 0.1)})
-    b.write_text(b.read_text() + b.read_text().splitlines(keepends=True)[1])
-    message = refusal(capsys, a, b)
-    assert f"{b}: has two rows of tail" in message and "eager" in message
+    b = write(tmp_path / "b.csv", {"eager": (9, 0.1)})
+    b.write_text(b.read_text() + a.read_text().splitlines(keepends=True)[1])
+    assert bench_psa.main(["compare", str(a), str(b)]) == 0
+    assert capsys.readouterr().out.endswith("0 faster, 0 slower, 1 tied\n")
+
+
+@pytest.mark.parametrize("column", ["device", "threads", "clock"])
+def test_files_of_different_machines_are_told_apart(column, tmp_path, capsys):
+    a = write(tmp_path / "a.csv", {"eager": (2, 0.1)}, **{column: "one"})
+    b = write(tmp_path / "b.csv", {"eager": (2, 0.1)}, **{column: "other"})
+    assert bench_psa.main(["compare", str(a), str(b)]) == 0
+    assert f"The files differ in {column}" in capsys.readouterr().out
+    assert bench_psa.main(["compare", str(a), str(a)]) == 0
+    assert "differ" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("margin", ["-1", "100", "nan", "wide"])

@@ -30,35 +30,17 @@ def nvidia_smi(tmp_path, monkeypatch) -> Callable[[str], None]:
     return make
 
 
-def test_smi_answers_are_parsed_by_field(nvidia_smi):
-    fields = ("name", "driver_version", "memory.total", "mig.mode.current")
-    line = "NVIDIA H200, 580.65.06, 143771 MiB, [N/A]"
-    nvidia_smi(f'echo "{line}"; echo "{line}"')  # two GPUs
-    assert machine.query_smi(fields) == {
-        "name": "NVIDIA H200",
-        "driver_version": "580.65.06",
-        "memory.total": "143771 MiB",
-        "mig.mode.current": "[N/A]",
-    }
+def test_smi_is_asked_about_the_first_gpu_and_changes_no_setting(nvidia_smi, tmp_path):
+    asked = tmp_path / "asked"
+    nvidia_smi(f'echo "$@" >> {asked}; echo "580.65.06"; echo "another GPU"')
+    assert machine.query_smi("driver_version") == "580.65.06"
+    assert asked.read_text() == "--query-gpu=driver_version --format=csv,noheader\n"
 
 
 @pytest.mark.parametrize("code", ["exit 9", 'echo "Field is not a valid field to query."; exit 2'])
 def test_smi_without_an_answer_gives_nothing(code, nvidia_smi):
     nvidia_smi(code)
-    assert machine.query_smi(("name", "driver_version")) == {}
-
-
-def test_smi_is_only_queried(nvidia_smi, tmp_path):
-    """A refused query is repeated field by field. No setting is changed."""
-    asked = tmp_path / "asked"
-    nvidia_smi(
-        f'echo "$@" >> {asked}\ncase "$1" in *,*) exit 2;; '
-        f'--query-gpu=name) echo "A GPU";; *) exit 2;; esac'
-    )
-    assert machine.query_smi(machine.SMI_FIELDS) == {"name": "A GPU"}
-    for line in asked.read_text().splitlines():
-        query, form = line.split()
-        assert query.startswith("--query-gpu=") and form == "--format=csv,noheader"
+    assert machine.query_smi("driver_version") == ""
 
 
 def test_every_column_of_the_machine_is_described():

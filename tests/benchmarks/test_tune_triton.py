@@ -35,7 +35,7 @@ def test_every_entry_is_timed_beside_the_present_table(tmp_path):
     assert names == {f"triton {table}" for table in tables}
     for row in rows:
         assert (row["scope"], row["case"], row["ok"], row["cache"]) == (
-            *("tail", "64x3x3", "True"), "warm",
+            *("tune tail", "64x3x3", "True"), "warm",
         )  # fmt: skip
         assert float(row["max_error"]) <= float(row["error_bound"]) == 1e-4
         assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])

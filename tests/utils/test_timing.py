@@ -59,7 +59,9 @@ def test_the_device_waits_until_a_slow_host_has_queued_the_calls(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: waits.append(cycles / 2e6))
-    clock = timing.QueuedClock()
+    fills = []
+    clock = timing.QueuedClock(before=lambda: fills.append(len(waits)))
     assert clock.measure(lambda: time.sleep(0.02), 3) == 2.0
+    assert fills == list(range(len(waits))), "the cache is filled again before each attempt"
     assert waits[0] < 60, "the guess was too short for this host"
     assert waits[-1] >= 60, "milliseconds: three calls take the host that long"

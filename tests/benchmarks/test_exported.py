@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from harness import rivals
+from harness import exported
 from harness.accuracy import AccuracyChecker
 from harness.cases import Case, Source, Workload
 from torch import nn
@@ -44,7 +44,7 @@ def _without_gradients(one_thread):
 
 def require(name: str) -> None:
     """Skip the test unless this rival and the exporter are installed."""
-    for package in (*rivals.PACKAGES, name):
+    for package in (*exported.PACKAGES, name):
         pytest.importorskip(package)
 
 
@@ -60,7 +60,7 @@ def require(name: str) -> None:
 def test_rival_is_within_the_bound_of_eager(name, dtype, memory_format):
     require(name)
     workload, case = small_workload(dtype, memory_format)
-    step, backend = getattr(rivals, name)(workload.official, workload.inputs[0])
+    step, backend = getattr(exported, name)(workload.official, workload.inputs[0])
     results = step()
     assert AccuracyChecker(workload, case).check(results, workload, case).ok
     assert results[0].dtype == case.torch_dtype
@@ -75,16 +75,16 @@ def test_rival_is_within_the_bound_of_eager(name, dtype, memory_format):
 def test_dtype_that_a_rival_does_not_run_is_refused_before_the_export(name, dtype):
     require(name)
     with pytest.raises(ValueError, match=f"{name} runs .*, not in {dtype}"):
-        getattr(rivals, name)(nn.Identity(), torch.ones(1, 3, 4, 4, dtype=dtype))
+        getattr(exported, name)(nn.Identity(), torch.ones(1, 3, 4, 4, dtype=dtype))
 
 
 def test_missing_packages_are_named(monkeypatch):
     find = importlib.util.find_spec
-    reason = rivals.needs("no_such_rival")(CPU)
+    reason = exported.needs("no_such_rival")(CPU)
     assert "it needs no_such_rival; see make bench-rivals" in reason
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
     )
-    assert "onnxscript" in rivals.needs("onnxruntime")(CPU)
+    assert "onnxscript" in exported.needs("onnxruntime")(CPU)
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    assert rivals.needs("json")(torch.device("cuda")) == "json is compared on CPUs only"
+    assert exported.needs("json")(torch.device("cuda")) == "json is compared on CPUs only"
