@@ -10,6 +10,8 @@ SECOND := .venv-integrations
 TIMM := $(shell sed -n 's/^timm==//p' requirements-integrations.txt)
 # The tests of the public functions, which run in the second environment, too.
 AGAIN := tests/ops tests/nn tests/fusion/test_fuse.py tests/fusion/test_modules.py
+# The providers that need packages of that environment.
+AGAIN += tests/benchmarks/test_exported.py
 RIVALS := eager compile-freezing onnxruntime openvino optimized optimized-compile
 RIVALS += $(addprefix resnet50:,$(RIVALS))
 
