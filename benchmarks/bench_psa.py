@@ -53,8 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mode", choices=MODES, nargs="+", metavar="MODE", help=modes)
     stages_help = "stages of EPSANet-50, for all scopes but network (default: S1 S2 S3 S4)"
     add("--stages", choices=STAGES, nargs="+", metavar="STAGE", help=stages_help)
-    add("--batch", type=positive_int, nargs="+", help="(default: 8)")
-    dtypes = f"of {', '.join(DTYPES)} (default: float32)"
+    add("--batch", type=positive_int, nargs="+", metavar="B", help="samples a call (default: 8)")
+    dtypes = f"dtypes, of {', '.join(DTYPES)} (default: float32)"
     add("--dtype", choices=DTYPES, nargs="+", default=["float32"], metavar="DTYPE", help=dtypes)
     formats = (*MEMORY_FORMATS, "best")
     format_help = f"of {', '.join(formats)}; best: the faster one of each provider (default: nchw)"

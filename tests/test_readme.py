@@ -115,9 +115,10 @@ def networks(provider: tuple[str | None, str | None], baseline: str = "") -> lis
 
 def test_the_networks_of_readme_are_the_measured_ones() -> None:
     shown = table_rows(README, "ms")
-    assert set(shown) == {*PROVIDERS, "ResNet-50, fastest of these"}
-    for label, provider in PROVIDERS.items():
-        assert shown[label] == networks(provider), label
+    fewer = PROVIDERS.keys() - {"this package, torch.compile"}
+    assert set(shown) == {*fewer, "ResNet-50, fastest of these"}
+    for label in fewer:
+        assert shown[label] == networks(PROVIDERS[label]), label
     others = [networks(provider, "resnet50:") for provider in PROVIDERS.values()]
     fastest = [
         min((cell for cell in cells if cell), key=float) for cells in zip(*others, strict=True)

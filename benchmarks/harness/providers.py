@@ -258,11 +258,11 @@ def _table() -> dict[str, Provider]:
                            cost=COMPILES),
         "optimized-compile": P("optimized, under torch.compile with freezing",
                                bind(_frozen, optimized), (_compiler,), cost=COMPILES, **tuned),
-        "compile-reduce-overhead": P("compile in this mode: CUDA graphs",
+        "compile-reduce-overhead": P("torch.compile(mode='reduce-overhead')",
                                      bind(_compiled, False, "reduce-overhead"), graph,
                                      cost=COMPILES),
-        "compile-max-autotune": P("compile in this mode", bind(_compiled, False, "max-autotune"),
-                                  graph, cost=AUTOTUNES),
+        "compile-max-autotune": P("torch.compile(mode='max-autotune')",
+                                  bind(_compiled, False, "max-autotune"), graph, cost=AUTOTUNES),
     }  # fmt: skip
     # "norm" is left out: not every backend has psa_tail_norm, and "fused" takes one that has it.
     for name in (*ef.list_backends(), *PATHS):
