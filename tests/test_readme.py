@@ -13,6 +13,7 @@ from helpers.processes import PAGES, ROOT, python_blocks
 import epsanet_fused as ef
 from epsanet_fused.inference import conv_planner, optimize
 from epsanet_fused.utils import timing
+from epsanet_fused.utils.timing import Timing
 
 TEXT = {page.name: page.read_text() for page in PAGES}
 README, USAGE = TEXT["README.md"], TEXT["usage.md"]
@@ -149,6 +150,32 @@ def test_the_networks_of_performance_are_the_measured_ones() -> None:
                 memory = f", {float(peak) / 1e6:.1f} MB" if peak else ""
                 expected = "" if row is None else f"{milliseconds(row, 1)} ms{memory}"
                 assert cell == expected, (label, dtype, batch)
+
+
+def interval(row: dict[str, str]) -> Timing:
+    names = ("ms_p20", "ms_p50", "ms_p80", "ms_low", "ms_high")
+    return Timing(*(float(row[name]) for name in names), int(row["samples"]))
+
+
+def test_who_wins_in_performance_is_what_was_measured() -> None:
+    """The speed-ups over the others, and "tie" where the intervals of the medians overlap."""
+    lines = re.findall(
+        r"^\| (float32|bfloat16) \| (1|8) \| (.*) \|$", TEXT["performance.md"], re.MULTILINE
+    )
+    assert len(lines) == len(POINTS)
+    for dtype, batch, cells in lines:
+        point = {"dtype": dtype, "batch": batch}
+        found = {
+            label: timed("network", "inference", provider, **point)
+            for label, (provider, _) in PROVIDERS.items()
+        }
+        ours = interval(found["this package"])
+        others = [row for label, row in found.items() if label.startswith("official")]
+        for cell, row in zip(cells.split(" | "), others, strict=False):
+            theirs = row and interval(row)
+            expected = "" if theirs is None else f"{theirs.p50 / ours.p50:.2f}x"
+            expected += " (tie)" if theirs is not None and theirs.ties(ours) else ""
+            assert re.sub(r", .*", "", cell).strip() == expected, (dtype, batch)
 
 
 def test_the_output_of_make_bench_is_the_measured_one() -> None:
