@@ -81,7 +81,8 @@ def test_dtype_that_a_rival_does_not_run_is_refused_before_the_export(name, dtyp
 def test_missing_packages_are_named(monkeypatch):
     find = importlib.util.find_spec
     reason = exported.needs("no_such_rival")(CPU)
-    assert "it needs no_such_rival; see make bench-rivals" in reason
+    assert reason.startswith("it needs ")
+    assert reason.endswith("no_such_rival; see make bench-rivals")
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
     )

@@ -1,20 +1,12 @@
-"""Compile Triton kernels ahead of time: for a GPU that is not present, or in several processes.
-
-Processes share compiled kernels through Triton's cache on disk.
-"""
+"""Compile Triton kernels ahead of time, for a GPU that is not present."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -51,16 +43,3 @@ def record_launches(compile_only: bool = False) -> Iterator[list[tuple[str, Any]
 
     with mock.patch.object(JITFunction, "run", run):
         yield launched
-
-
-def compiler_pool(target: GPUTarget) -> ProcessPoolExecutor:
-    """Start processes that compile for ``target``: one for each core but one."""
-    cores = len(os.sched_getaffinity(0))
-    return ProcessPoolExecutor(
-        max(1, cores - 1), multiprocessing.get_context("spawn"), _use_fake_driver, (target,)
-    )
-
-
-def _use_fake_driver(target: GPUTarget) -> None:
-    torch.set_num_threads(1)
-    triton.runtime.driver.set_active(FakeDriver(target))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import ResNetBlock
+from harness.networks import ResNetBlock
 from helpers.networks import (
     CHANNELS_LAST,
     REWRITES,
