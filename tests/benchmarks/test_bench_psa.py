@@ -183,6 +183,7 @@ def small():
 """
 
 
+@pytest.mark.slow
 def test_own_network_is_found_in_the_working_folder(tmp_path):
     (tmp_path / "my_networks.py").write_text(SMALL_NETWORK)
     options = "--model my_networks:small --shape 2 4 16 20 --mode inference training --reps 1"
@@ -276,6 +277,7 @@ def test_pairs_are_timed_by_cost_and_each_against_the_first(run_bench, monkeypat
         assert 1 / 3 < float(row["speedup"]) / (first / float(row["ms_p50"])) < 3
 
 
+@pytest.mark.slow
 def test_killed_process_has_written_every_pair_that_was_timed(tmp_path):
     """The last provider compiles, with a compiler that never ends, when the process is killed."""
     compiler, started = tmp_path / "compiler", tmp_path / "started"

@@ -110,6 +110,7 @@ def test_rows_of_a_stage_stay_when_the_next_one_dies(run, tmp_path, capsys):
     assert "crashed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_profiled_process_is_killed_at_the_end_of_the_time(run, tmp_path, capsys):
     assert run(TRAFFIC, "--stages S2 --seconds 3") == 0, "a measurement may end early"
     assert "ncu was stopped at the end of --seconds" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from epsanet_fused.backends.triton import common, config, launch
 SMALL = Case("tail", "inference", "64x3x3", 1, "float32", "channels_last")
 
 
+@pytest.mark.slow
 def test_every_entry_is_timed_beside_the_present_table(tmp_path):
     options = "--quick --device cpu --batch 1 --memory-format channels_last --dtype float32 --out"
     command = [sys.executable, str(BENCHMARKS / "tune_triton.py"), *options.split(), str(tmp_path)]

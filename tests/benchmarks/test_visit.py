@@ -11,11 +11,12 @@ from pathlib import Path
 
 import bench_psa
 import pytest
+import torch
 import visit
 from harness import providers
 from harness.results import Results, read_rows
 from harness.visit_plan import COMPILED_EARLY, PART_SECONDS, PARTS, Step, groups
-from helpers.processes import BENCHMARKS, is_running, script
+from helpers.processes import BENCHMARKS, is_running
 from helpers.visits import kill_after, kill_marked, marked_processes
 
 
@@ -90,21 +91,21 @@ def test_a_race_that_is_reported_fails_nothing(tmp_path):
     assert visit.is_failure(visit.Outcome(tail, "FAILED (1)", 1, ""))
 
 
-def test_dry_run_prints_when_each_step_begins_and_ends(tmp_path):
-    done = script("visit.py", "--dry-run", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+def test_dry_run_prints_when_each_step_begins_and_ends(tmp_path, capsys):
+    assert visit.main(["--dry-run", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
     for part in PARTS:
         for name in steps_of(part):
-            assert f" {name} " in done.stdout, name
-    rows = [line.split() for line in done.stdout.splitlines()[2:] if " plan-cost " in line]
+            assert f" {name} " in printed, name
+    rows = [line.split() for line in printed.splitlines()[2:] if " plan-cost " in line]
     assert [(row[0], int(row[2]) - int(row[1])) for row in rows] == [("1", 150)]
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_gpu_it_stops_before_it_writes(tmp_path):
-    done = script("visit.py", "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "no GPU" in done.stderr
+def test_without_a_gpu_it_stops_before_it_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert visit.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -177,6 +178,7 @@ def test_steps_beside_each_other_run_at_the_same_time(run_steps, tmp_path):
     assert printed.count("saw the other") == 2
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_killed_with_its_children(run_steps):
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
     parent = (
