@@ -187,6 +187,7 @@ def test_a_traced_graph_is_named() -> None:
         ef.fuse(traced)
 
 
+@pytest.mark.slow
 def test_a_whole_network_causes_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

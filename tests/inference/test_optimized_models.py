@@ -121,6 +121,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 def test_torch_save_by_its_default_protocol() -> None:
     model = small(ef.EPSABlock)
     made = ef.optimize_for_inference(model, X)
@@ -208,6 +209,7 @@ def test_a_hook_on_any_layer_is_called(fast: nn.Module, layer: str) -> None:
     assert_same_function(fast, plain)
 
 
+@pytest.mark.slow
 def test_compiled_after_a_call_and_called_after_it(fast: nn.Module) -> None:
     """Compilers don't know tracked tensors; eager calls notice writes again afterwards."""
     plain = small(ef.EPSABlock)
