@@ -108,8 +108,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.scope = args.scope or ("network" if args.model else "tail")
     args.mode = args.mode or ["training" if args.scope == "norm" else "inference"]
     args.kernels, args.groups = tuple(args.kernels), tuple(args.groups)
-    own_convs = (args.kernels, args.groups) != (CONV_KERNELS, CONV_GROUPS)
-    own = bool(args.shape or args.model or own_convs)
+    args.own_convs = (args.kernels, args.groups) != (CONV_KERNELS, CONV_GROUPS)
+    own = bool(args.shape or args.model or args.own_convs)
     has_photos = importlib.util.find_spec("sklearn") is not None
     if args.input == "photos" and own:
         parser.error("argument --input: photos are for the stages of EPSANet-50, not for your own")
@@ -148,15 +148,14 @@ def check_size(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.batch and args.shape:
         parser.error("argument --batch: can't be combined with --shape, which has it")
     args.batch = args.shape[:1] if args.shape else args.batch or [8]
-    own_convs = (args.kernels, args.groups) != (CONV_KERNELS, CONV_GROUPS)
-    if args.scope == "network" and own_convs:
+    if args.scope == "network" and args.own_convs:
         parser.error("argument --kernels, --groups: are for --scope tail, norm and module")
     if args.shape:
         args.cases = ["x".join(map(str, args.shape[1:]))]
     if args.scope == "network":
         own = (args.model, *args.cases) if args.shape else (args.model,)
         args.cases = [" ".join(filter(None, own)) or "all"]
-    if own_convs:  # a row says what it is of
+    if args.own_convs:  # a row says what it is of
         kernels, groups = ("-".join(map(str, sizes)) for sizes in (args.kernels, args.groups))
         args.cases = [f"{case} kernels {kernels} groups {groups}" for case in args.cases]
     if args.shape and args.scope == "network" and not args.model and args.shape[1] != 3:

@@ -85,18 +85,20 @@ class Runner:
         Args:
             case: to measure. The memory format "best" is the faster one of each provider.
             seconds: this case's share of the remaining time.
-            left: all of the remaining time. Compiling may take more than the share; when it has
-                taken most of ``left``, the remaining providers are skipped.
+            left: all of the remaining time. Without ``pairs`` compiling may take more than the
+                share; when it has taken most of ``left``, the remaining providers are skipped.
         """
         began = time.perf_counter()
         # The compilations of earlier cases would count against the limit above.
         torch._dynamo.reset()
-        deadline = began + (seconds if self.pairs else MAX_PREPARE_SHARE * left)
         try:
             with torch.set_grad_enabled(case.mode != "inference"):
                 workloads = {c: self.source.workload(c) for c in in_each_format(case)}
-                measure = self._measure_pairs if self.pairs else self._measure_together
-                measure(workloads, deadline, began + seconds)
+                if self.pairs:
+                    self._measure_pairs(workloads, began + seconds)
+                else:
+                    deadline = began + MAX_PREPARE_SHARE * left
+                    self._measure_together(workloads, deadline, began + seconds)
         except RuntimeError as error:  # for example, for lack of memory
             self.results.add(self.row(case, "all") | failure(error))
         gc.collect()
@@ -117,9 +119,7 @@ class Runner:
         for row in rows:
             self.results.add(row)
 
-    def _measure_pairs(
-        self, workloads: Mapping[Case, Workload], deadline: float, _end: float
-    ) -> None:
+    def _measure_pairs(self, workloads: Mapping[Case, Workload], deadline: float) -> None:
         """Time each provider against the first one, and write its rows before the next is made."""
         case, workload = next(iter(workloads.items()))
         checkers = NetworkCheckers()
